@@ -1,0 +1,5 @@
+"""Data as a function of the epoch, and batches on the state's device."""
+
+from .batches import to_device as to_device
+from .epochs import Epochs as Epochs
+from .epochs import as_epochs as as_epochs

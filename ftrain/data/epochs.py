@@ -1,0 +1,187 @@
+"""Epochs: whatever the user calls data, as a function `epoch -> iterator of batches`.
+
+Laws
+----
+- The batches of an epoch are a function of (seed, epoch): two fits agree, two epochs differ where there is shuffling.
+- torch's, numpy's and Python's global generators are, after each batch, as the user left them.
+- An iterator is closed however the epoch ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import rng, tree
+from ..errors import DataError, explain
+
+__all__ = ["Epochs", "as_epochs"]
+
+
+class Epochs:
+    """Data as a function of the epoch.
+
+    Attributes:
+        length: batches in an epoch, or None where that is not known beforehand.
+        once: whether the data can be iterated only once (a generator, say).
+    """
+
+    def __init__(self, make: Callable[[int], Iterator[Any]], length: int | None, once: bool = False) -> None:
+        self._make = make
+        self.length = length
+        self.once = once
+
+    def __call__(self, epoch: int) -> Iterator[Any]:
+        return self._make(epoch)
+
+
+def as_epochs(
+    data: Any, *, seed: int = 0, batch_size: int | None = None, shuffle: bool = False, what: str = "ft.fit"
+) -> Epochs:
+    """Make epochs of what the user passed as data.
+
+    Args:
+        data: a list of batches, a DataLoader or any other iterable of batches, a function `epoch -> iterable`, or (with
+            `batch_size`) a tuple, list or dict of arrays of equal length.
+        seed: root of the shuffling, and of the generators under which loaders and other code of the user are iterated.
+        batch_size: samples in a batch, for arrays.
+        shuffle: whether arrays are shuffled, anew in each epoch.
+        what: how errors call the caller.
+
+    Raises:
+        DataError: arrays of unequal length, no data, or something that cannot be iterated.
+
+    >>> import torch
+    >>> from ftrain.data import as_epochs
+    >>> epochs = as_epochs({"x": torch.arange(5)}, batch_size=2)
+    >>> [batch["x"].tolist() for batch in epochs(0)], epochs.length
+    ([[0, 1], [2, 3], [4]], 3)
+    """
+    if isinstance(data, Epochs):
+        return data
+    if batch_size is not None:
+        return _arrays(data, batch_size, seed, shuffle, what)
+    if isinstance(data, (list, tuple)) and not isinstance(data, (str, bytes)):
+        batches = data
+        return Epochs(lambda epoch: iter(batches), len(batches))
+    if isinstance(data, (Mapping, Tensor, np.ndarray)):
+        raise DataError(
+            explain(
+                f"{what}: the data is {tree.describe(data)}, which is arrays, not batches.",
+                expected="an iterable of batches, or arrays with batch_size=",
+                fix=f"{what}(state, step, data, batch_size=64)",
+            )
+        )
+    if callable(data) and not isinstance(data, Iterable):
+        return Epochs(lambda epoch: _isolated(lambda: data(epoch), seed, epoch, what), None)
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        raise DataError(
+            explain(
+                f"{what}: the data cannot be iterated.",
+                expected="an iterable of batches, a DataLoader, a function epoch -> iterable, or arrays with batch_size=",
+                got=type(data).__name__,
+            )
+        )
+    once = isinstance(data, Iterator)
+    return Epochs(lambda epoch: _isolated(lambda: data, seed, epoch, what), None if once else _length(data), once)
+
+
+def _length(data: Any) -> int | None:
+    """Batches in an epoch, where the data knows. An IterableDataset's length is a guess and does not count."""
+    loader = isinstance(data, torch.utils.data.DataLoader)
+    if loader and isinstance(data.dataset, torch.utils.data.IterableDataset):
+        return None
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _isolated(make: Callable[[], Any], seed: int, epoch: int, what: str) -> Iterator[Any]:
+    """Iterate the user's code under generators that are a function of (seed, epoch)."""
+    streams = rng.Isolated(rng.fold_in_host(seed, epoch, 0xDA7A))
+    with streams:
+        found = make()
+        if not isinstance(found, Iterable):
+            raise DataError(
+                explain(f"{what}: the data function returned no iterable.", got=tree.describe(found), fix="return an iterable")
+            )
+        iterator = iter(found)
+    try:
+        while True:
+            with streams:
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+            yield batch
+    finally:
+        # A generator is closed by us only where it is ours: one that the user passed can be resumed by him.
+        close = getattr(iterator, "close", None)
+        if close is not None and iterator is not found:
+            with streams:
+                close()
+        del iterator  # a DataLoader's workers end with its iterator
+
+
+def _arrays(data: Any, batch_size: int, seed: int, shuffle: bool, what: str) -> Epochs:
+    leaves = tree.leaves(data)
+    if isinstance(data, torch.utils.data.DataLoader) or not leaves:
+        raise DataError(explain(f"{what}: batch_size= goes with arrays.", got=type(data).__name__, fix="leave out batch_size="))
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise DataError(explain(f"{what}: batch_size={batch_size!r} is not a number of samples.", expected="an integer >= 1"))
+    sizes: dict[str, int] = {}
+    for path, leaf in tree.items(data, root="data"):
+        if not isinstance(leaf, (Tensor, np.ndarray)) or leaf.ndim == 0:
+            raise DataError(
+                explain(
+                    f"{what}: batch_size= goes with arrays.",
+                    where=path,
+                    expected="a tensor or numpy array with at least one dimension",
+                    got=tree.describe(leaf),
+                    fix="leave out batch_size= where the data is an iterable of batches",
+                )
+            )
+        sizes[path] = len(leaf)
+    n = next(iter(sizes.values()))
+    for path, size in sizes.items():
+        if size != n:
+            raise DataError(
+                explain(
+                    f"{what}: the arrays differ in length.", where=path, expected=f"{n} samples, as {next(iter(sizes))}", got=f"{size}"
+                )
+            )
+    arrays = tree.map(_tensor, data)
+
+    def make(epoch: int) -> Iterator[Any]:
+        return _slices(arrays, n, batch_size, _order(n, seed, epoch) if shuffle else None)
+
+    return Epochs(make, -(-n // batch_size))
+
+
+def _tensor(leaf: Any) -> Tensor:
+    if isinstance(leaf, Tensor):
+        return leaf
+    return torch.from_numpy(leaf if leaf.flags.writeable else leaf.copy())
+
+
+def _order(n: int, seed: int, epoch: int) -> Tensor:
+    generator = np.random.Generator(np.random.Philox(rng.fold_in_host(seed, epoch, 0x0BDE) & ((1 << 63) - 1)))
+    return torch.from_numpy(generator.permutation(n))
+
+
+def _slices(arrays: Any, n: int, batch_size: int, order: Tensor | None) -> Iterator[Any]:
+    leaves, structure = tree.leaves(arrays), tree.structure(arrays)
+    orders: dict[torch.device, Tensor] = {} if order is None else {leaf.device: order.to(leaf.device) for leaf in leaves}
+    for start in range(0, n, batch_size):
+        stop = min(start + batch_size, n)
+        if order is None:
+            rows = [leaf[start:stop] for leaf in leaves]
+        else:
+            rows = [leaf.index_select(0, orders[leaf.device][start:stop]) for leaf in leaves]
+        yield tree.unflatten(structure, rows)
+

@@ -1,0 +1,118 @@
+"""Errors and warnings of ftrain.
+
+Every error says what was done, where (as code), what was expected and what was got, and shows the corrected call. All of them
+are subclasses of the built-in error that a reader would expect (`TypeError`, `ValueError`, `RuntimeError`), so that nobody has
+to import this module in order to catch one.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BatchError",
+    "CompileError",
+    "CompileWarning",
+    "DataError",
+    "DeviceError",
+    "DonatedStateError",
+    "FtrainError",
+    "HookError",
+    "LimitError",
+    "LossError",
+    "MetricError",
+    "ModelError",
+    "RecompileWarning",
+    "StateError",
+    "StructureError",
+    "explain",
+]
+
+
+class FtrainError(Exception):
+    """Base of every error that ftrain raises by itself.
+
+    >>> from ftrain.errors import FtrainError, LossError
+    >>> issubclass(LossError, FtrainError) and issubclass(LossError, ValueError)
+    True
+    """
+
+
+class StateError(FtrainError, TypeError):
+    """Something that is not a `TrainState` stands where one is needed."""
+
+
+class StructureError(FtrainError, ValueError):
+    """Two trees that must be alike differ in structure, shape, dtype or device."""
+
+
+class DonatedStateError(FtrainError, RuntimeError):
+    """A state whose memory was given to a compiled step is used again."""
+
+
+class ModelError(FtrainError, ValueError):
+    """The model, or the choice of its trainable parameters, cannot be used."""
+
+
+class DeviceError(FtrainError, ValueError):
+    """The device is not one that ftrain supports."""
+
+
+class LossError(FtrainError, ValueError):
+    """The loss is not a scalar, is connected to no parameter, or is not finite at the first step."""
+
+
+class MetricError(FtrainError, TypeError):
+    """A metric is neither a scalar nor a monoid of `ftrain.metrics`."""
+
+
+class BatchError(FtrainError, ValueError):
+    """A batch holds something that is not a tensor, or lies on another device than the state."""
+
+
+class DataError(FtrainError, ValueError):
+    """The data gives no batches, or cannot be iterated in the way that was asked for."""
+
+
+class LimitError(FtrainError, ValueError):
+    """`epochs=`, `steps=` or `until=` make no sense."""
+
+
+class HookError(FtrainError, TypeError):
+    """A hook returned something that is not a state of the same structure."""
+
+
+class CompileError(FtrainError, RuntimeError):
+    """A step could not be compiled in the way that was asked for."""
+
+
+class CompileWarning(UserWarning):
+    """A step runs on a lower rung of the ladder than the whole step in one graph."""
+
+
+class RecompileWarning(UserWarning):
+    """A step was compiled again because an input changed."""
+
+
+def explain(
+    what: str,
+    *,
+    where: str | None = None,
+    expected: str | None = None,
+    got: str | None = None,
+    cause: str | None = None,
+    fix: str | None = None,
+) -> str:
+    """Lay out an error message: one sentence, then the facts, then the corrected code.
+
+    >>> from ftrain.errors import explain
+    >>> print(explain("the loss is not a scalar.", got="float32[8]", fix="return loss.mean()"))
+    the loss is not a scalar.
+      got:      float32[8]
+      fix:      return loss.mean()
+    """
+    rows = (("where", where), ("expected", expected), ("got", got), ("cause", cause), ("fix", fix))
+    lines = [what]
+    for name, text in rows:
+        if text is not None:
+            body = text.replace("\n", "\n" + " " * 12)
+            lines.append(f"  {name + ':':<9} {body}")
+    return "\n".join(lines)

@@ -1,0 +1,18 @@
+"""The loop as a generator, and what consumes it: fit, evaluate, predict. (Not `loop`: `ftrain.loop` is the function.)"""
+
+from .evaluate import Evaluator as Evaluator
+from .evaluate import evaluate as evaluate
+from .evaluate import predict as predict
+from .events import Event as Event
+from .events import Hook as Hook
+from .events import Outcome as Outcome
+from .events import on as on
+from .fit import Result as Result
+from .fit import fit as fit
+from .loop import Tick as Tick
+from .loop import loop as loop
+from .units import Cadence as Cadence
+from .units import Clock as Clock
+from .units import at as at
+from .units import every as every
+from .units import until as until

@@ -1,0 +1,180 @@
+"""Evaluation and prediction: they read a state, and cannot disturb training.
+
+Laws
+----
+- The result is that of all batches merged; the last, short one counts as much as it has samples.
+- Batch i is evaluated under a key of its own, a function of (seed, step, i); the global generators stay as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from .. import rng
+from ..data import Epochs, as_epochs, to_device
+from ..errors import DataError, LimitError, MetricError, explain
+from ..metrics import normalise
+from ..state import TrainState, check_state
+from ..steps.compile import CompiledStep
+from ..steps.compile import compile as compile_step
+from .meter import Meter
+from .units import Cadence, every
+
+__all__ = ["Evaluator", "evaluate", "predict", "prepare"]
+
+Compile = bool | Literal["auto"] | str
+
+# Compiled forms are kept with the step, so that a second fit (another fold, another learning rate) does not compile again.
+_KEPT = "_ftrain_compiled"
+
+
+def prepare(step: Callable[..., Any], compile: Compile, *, donate: bool, backend: str | Callable[..., Any] = "inductor") -> CompiledStep:
+    """The compiled form of a step, made once for each step and way of compiling.
+
+    Args:
+        step: a step; one that is compiled already is taken as it is.
+        compile: `"auto"`: the highest rung that works; True: the whole step, or an error; False: eager.
+        donate: whether the input's memory is reused.
+        backend: a backend of `torch.compile`.
+    """
+    if isinstance(step, CompiledStep):
+        return step
+    rungs = {"auto": "auto", True: "step", False: "eager"}
+    if compile not in rungs:
+        raise LimitError(explain(f"compile={compile!r} makes no sense.", expected='"auto", True or False'))
+    rung: Any = rungs[compile]
+    kept: dict[Any, CompiledStep] = getattr(step, "__dict__", {}).setdefault(_KEPT, {})
+    key = (rung, donate, backend)
+    if key not in kept:
+        kept[key] = compile_step(step, donate=donate, rung=rung, backend=backend)
+    return kept[key]
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """An evaluation that `fit` runs at its own cadence; its name is its key in `evals=`.
+
+    Attributes:
+        step: `(state, batch) -> metrics`, e.g. `ft.eval_step(model, metric_fn)`.
+        data: as for `fit`; iterated once for each evaluation, in its own order.
+        every: when; default: after each epoch. `ft.every(steps=500) | ft.at(0)` also evaluates before the first step.
+        batch_size: for arrays: samples in a batch.
+
+    >>> import torch, ftrain as ft
+    >>> model = torch.nn.Linear(2, 1)
+    >>> step = ft.eval_step(model, lambda model, batch: {"mean": model(batch).mean()})
+    >>> ft.Evaluator(step, [torch.ones(4, 2)], every=ft.every(epochs=1)).every
+    every(epochs=1)
+    """
+
+    step: Callable[[TrainState, Any], Any]
+    data: Any
+    every: Cadence = field(default_factory=lambda: every(epochs=1))
+    batch_size: int | None = None
+
+
+def evaluate(
+    state: TrainState,
+    eval_step: Callable[[TrainState, Any], Any],
+    data: Any,
+    *,
+    batch_size: int | None = None,
+    compile: Compile = "auto",
+    backend: str | Callable[..., Any] = "inductor",
+) -> dict[str, Any]:
+    """Evaluate a state on data.
+
+    Args:
+        state: only read.
+        eval_step: `(state, batch) -> metrics`, e.g. `ft.eval_step(model, metric_fn)`.
+        data: an iterable of batches, a DataLoader, a function `epoch -> iterable`, or arrays with `batch_size=`.
+        batch_size: for arrays: samples in a batch.
+        compile: as in `fit`.
+        backend: a backend of `torch.compile`.
+
+    Returns:
+        The metrics by name, as floats (a tensor for `Collect`).
+
+    Raises:
+        DataError: the data has no batches.
+
+    >>> import torch, ftrain as ft
+    >>> model = torch.nn.Linear(2, 1)
+    >>> step = ft.eval_step(model, lambda model, batch: {"size": batch.norm(dim=1).mean()})
+    >>> ft.evaluate(ft.init(model, ft.optim.sgd(0.1)), step, torch.ones(10, 2) * 2**-0.5, batch_size=4, compile=False)
+    {'size': 1.0}
+    """
+    check_state(state, "ft.evaluate")
+    source = as_epochs(data, seed=state.counters().seed, batch_size=batch_size, what="ft.evaluate")
+    return run(state, prepare(eval_step, compile, donate=False, backend=backend), source)
+
+
+def run(state: TrainState, step: CompiledStep, source: Epochs, name: str = "ft.evaluate") -> dict[str, Any]:
+    """Evaluate over one pass of prepared data."""
+    meter = Meter()
+    for out in _outputs(state, step, source, name):
+        if isinstance(out, tuple):
+            raise MetricError(
+                explain(f"{name}: the step returned a tuple, not metrics.", fix="ft.eval_step(model, metric_fn), not a train step")
+            )
+        meter.add(normalise(out, None, "the metrics that the evaluation step returned"))
+    return meter.fetch()
+
+
+def predict(
+    state: TrainState,
+    predict_step: Callable[[TrainState, Any], Any],
+    data: Any,
+    *,
+    batch_size: int | None = None,
+    compile: Compile = "auto",
+    backend: str | Callable[..., Any] = "inductor",
+) -> Iterator[Any]:
+    """Predict batch after batch, in the order of the data.
+
+    Args:
+        state: only read.
+        predict_step: `(state, batch) -> outputs`, e.g. `ft.predict_step(model)`.
+        data: an iterable of batches, a DataLoader, a function `epoch -> iterable`, or arrays with `batch_size=`.
+        batch_size: for arrays: samples in a batch.
+        compile: as in `fit`.
+        backend: a backend of `torch.compile`.
+
+    Returns:
+        A generator of outputs, on the state's device.
+
+    Raises:
+        DataError: the data has no batches.
+
+    >>> import torch, ftrain as ft
+    >>> model = torch.nn.Linear(2, 1)
+    >>> state = ft.init(model, ft.optim.sgd(0.1))
+    >>> outputs = ft.predict(state, ft.predict_step(model), torch.ones(5, 2), batch_size=2, compile=False)
+    >>> torch.cat(list(outputs)).shape
+    torch.Size([5, 1])
+    """
+    check_state(state, "ft.predict")
+    source = as_epochs(data, seed=state.counters().seed, batch_size=batch_size, what="ft.predict")
+    return _outputs(state, prepare(predict_step, compile, donate=False, backend=backend), source, "ft.predict")
+
+
+def _outputs(state: TrainState, step: CompiledStep, source: Epochs, name: str) -> Iterator[Any]:
+    counters = state.counters()
+    count = 0
+    batches = source(0)
+    try:
+        for count, raw in enumerate(batches, start=1):
+            seed = rng.fold_in_host(counters.seed, 0xE7A1, count)
+            own = state.replace(seed=torch.tensor(seed, dtype=torch.int64, device=state.device))
+            own.__dict__["_host"] = counters._replace(seed=seed)
+            yield step(own, to_device(raw, state.device))
+    finally:
+        close = getattr(batches, "close", None)
+        if close is not None:
+            close()
+    if count == 0:
+        raise DataError(explain(f"{name}: the data has no batches.", expected="at least one batch"))

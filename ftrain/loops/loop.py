@@ -1,0 +1,230 @@
+"""The loop: a generator of ticks, one for each step.
+
+Laws
+----
+- `loop` is a fold: the state of the n-th tick is `step` applied n times to the first state, over the batches in order.
+- A consumer may replace the state between two ticks (`ticks.send(state)`); nothing else of the loop can be changed from outside.
+- It reads nothing from the device between ticks, and holds nothing after it ended.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+from ..data import Epochs, as_epochs, to_device
+from ..errors import DataError, StateError, explain
+from ..metrics import normalise
+from ..state import Counters, TrainState, check_state
+from ..steps.bind import batch_size as count_samples
+from ..steps.compile import CompiledStep
+from ..steps.train import TrainStep, seeded_by
+from .. import tree
+from ..types import Metrics
+from .limits import Limits
+from .units import Cadence, Clock
+
+__all__ = ["Tick", "loop"]
+
+
+@dataclass(slots=True)
+class Tick:
+    """What one step gave.
+
+    Attributes:
+        state: the new state. With a donated step it is valid until the next tick.
+        metrics: the step's metrics, on the device.
+        step: steps taken, as counted by the state.
+        epoch: the epoch that this step belongs to, from 0 on.
+        samples: samples seen, as counted by the state.
+        batch: position of the batch in its epoch, from 0 on.
+        end: True on the extra tick at the end of an epoch (only with `epoch_ends=True`): no step was taken for it.
+    """
+
+    state: TrainState
+    metrics: Metrics
+    step: int
+    epoch: int
+    samples: int
+    batch: int
+    end: bool = False
+
+
+Ticks = Generator[Tick, TrainState | None, str]
+
+
+def loop(
+    state: TrainState,
+    step: Callable[[TrainState, Any], Any],
+    data: Any,
+    *,
+    epochs: int | None = None,
+    steps: int | None = None,
+    until: Cadence | None = None,
+    batch_size: int | None = None,
+    shuffle: bool = True,
+    epoch_ends: bool = False,
+) -> Ticks:
+    """Apply a step to batch after batch, and give a `Tick` after each.
+
+    Args:
+        state: where to begin. With a donated step it is gone after the first tick.
+        step: `(state, batch) -> (state, metrics)`, compiled or not; taken as it is.
+        data: an iterable of batches, a DataLoader, a function `epoch -> iterable`, or arrays with `batch_size=`.
+        epochs: how many epochs to run from here. Default, with neither `steps` nor `until`: one, or all there is.
+        steps: how many steps to run from here.
+        until: stop when this fires, e.g. `ft.until(seconds=60)`.
+        batch_size: for arrays: samples in a batch.
+        shuffle: for arrays: a new order in each epoch, as a function of the state's seed and the epoch.
+        epoch_ends: also give a tick with `end=True` when an epoch is complete, after its last step.
+
+    Returns:
+        A generator. `ticks.send(new_state)` in the loop's body makes it go on with another state; it returns the tick again, so
+        that the next round of a `for` goes on with the next step. Its value when it ends is the limit that was reached.
+
+    Raises:
+        StateError: `state` is not a `TrainState`, or the step gave none.
+        DataError: the data has no batches.
+        LimitError: a limit makes no sense.
+
+    >>> import torch, ftrain as ft
+    >>> model, tx = torch.nn.Linear(2, 1), ft.optim.sgd(0.1)
+    >>> step = ft.train_step(model, lambda model, batch: model(batch).square().mean(), tx)
+    >>> batches = [torch.ones(4, 2)] * 3
+    >>> [tick.step for tick in ft.loop(ft.init(model, tx), step, batches, epochs=2)]
+    [1, 2, 3, 4, 5, 6]
+    """
+    check_state(state, "ft.loop")
+    if not callable(step):
+        raise StateError(explain("ft.loop wants a step as its second argument.", expected="a function", got=type(step).__name__))
+    begin = state.counters()
+    source = as_epochs(data, seed=begin.seed, batch_size=batch_size, shuffle=shuffle, what="ft.loop")
+    endless = epochs is None and steps is None and until is None and source.length is None
+    # A for loop can be left at any time, so data without a length is no error here, as it is for fit.
+    limits = Limits(1, None, None) if endless else Limits.of(epochs, steps, until, source, "ft.loop")
+    return _run(state, step, source, limits, begin, epoch_ends)
+
+
+def _run(
+    state: TrainState, step: Callable[..., Any], source: Epochs, limits: Limits, begin: Counters, epoch_ends: bool
+) -> Ticks:
+    call = step if isinstance(step, (CompiledStep, TrainStep)) else _seeded(step)
+    device = state.device
+    started = time.perf_counter()
+    taken = samples = 0
+    done = 0  # epochs completed in this run
+    checked = False
+    while True:
+        epoch = begin.epoch + done
+        batches = source(epoch)
+        try:
+            position = -1
+            for position, raw in enumerate(batches):
+                batch = to_device(raw, device)
+                size = count_samples(batch)
+                like = None if checked else tree.map(_shell, state)
+                state, metrics = _result(call(state, batch))
+                if like is not None:
+                    _check(like, state)
+                    checked = True
+                taken += 1
+                samples += size
+                tick = Tick(state, metrics, begin.step + taken, epoch, begin.samples + samples, position)
+                sent = yield tick
+                while sent is not None:
+                    state = _sent(sent, state)
+                    tick.state = state
+                    sent = yield tick
+                if position + 1 == source.length:
+                    continue  # the last batch: the epoch is completed first, then the limits are looked at
+                if limits.steps is not None and taken >= limits.steps:
+                    return "steps"
+                if limits.until is not None:
+                    now = Clock(taken, done, samples, time.perf_counter() - started)
+                    if limits.until.fires(None, now):
+                        return "until"
+        finally:
+            close = getattr(batches, "close", None)
+            if close is not None:
+                close()
+        if position < 0:
+            raise DataError(_empty(epoch, done, source))
+        done += 1
+        state = state.replace(epoch=state.epoch + 1)
+        if epoch_ends:
+            tick = Tick(state, {}, begin.step + taken, epoch, begin.samples + samples, position, end=True)
+            sent = yield tick
+            while sent is not None:
+                state = _sent(sent, state)
+                tick.state = state
+                sent = yield tick
+        reached = limits.reached(Clock(taken, done, samples, time.perf_counter() - started))
+        if reached is not None:
+            return reached
+        if source.once:
+            return "data"
+
+
+def _seeded(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step that nobody else seeds: its draws become a function of the state's seed and step."""
+
+    def call(state: TrainState, batch: Any) -> Any:
+        with seeded_by(state):
+            new, metrics = _result(step(state, batch))
+        return new, normalise(metrics, None, "the metrics that the step returned")
+
+    return call
+
+
+def _result(out: Any) -> tuple[TrainState, Metrics]:
+    if isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], TrainState):
+        return out
+    got = f"a tuple of {len(out)}" if isinstance(out, tuple) else type(out).__name__
+    raise StateError(
+        explain(
+            "the step did not return (state, metrics).",
+            expected="(TrainState, dict of metrics)",
+            got=got,
+            fix='return state.advance(batch_size, params=params), {"loss": loss}',
+        )
+    )
+
+
+def _check(before: TrainState, after: TrainState) -> None:
+    tree.check_same(
+        before,
+        after,
+        root="state",
+        what="the step returned a state that is not like the one it was given.",
+        fix="state.replace(params=...)   # with leaves of the same structure, shape, dtype and device",
+    )
+
+
+def _sent(sent: object, state: TrainState) -> TrainState:
+    new = check_state(sent, "ticks.send")
+    tree.check_same(
+        state, new, root="state", what="the state sent to the loop is not like the one it had.", fix="ticks.send(state.replace(...))"
+    )
+    return new
+
+
+def _empty(epoch: int, done: int, source: Epochs) -> str:
+    if done:
+        return explain(
+            f"the data has no batches in epoch {epoch}, after {done} that had.",
+            cause="an iterator that is at its end" if source.length is None else None,
+            fix="pass a list, a DataLoader, or a function epoch -> iterable",
+        )
+    return explain(
+        "the data has no batches.",
+        expected="at least one batch",
+        got="none in the first epoch",
+        cause="an empty dataset, or a loader with drop_last=True and fewer samples than a batch",
+    )
+
+
+def _shell(leaf: Any) -> Any:
+    """A tensor of the same shape, dtype and device that has no memory of its own."""
+    return leaf.new_empty((1,)).expand(leaf.shape) if leaf.ndim else leaf.new_empty(())

@@ -1,0 +1,133 @@
+"""The meter: collects the metrics of many steps on the device, and brings them to the host in one transfer.
+
+Law: `fetch` gives what merging all added metrics gives, computed in float64.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..steps.packed import Packed
+from ..tree import fields
+from ..metrics import Collect, Metric
+
+__all__ = ["Meter"]
+
+# So many steps are kept as they are before their numbers are packed into one tensor (on the device, without a sync): bounds the
+# number of small tensors that stay alive between two log points.
+_PACK_AFTER = 128
+
+
+_getters: dict[type, Callable[[Any], Any]] = {}
+
+
+class _Pack(NamedTuple):
+    """The scalars of several steps with the same metrics: one row of `stacks` for each field, in the order of `names`."""
+
+    names: tuple[str, ...]
+    kinds: tuple[type[Metric], ...]
+    steps: int
+    stacks: list[Tensor]
+
+
+class Meter:
+    """Metrics since the last `fetch`."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Mapping[str, Metric]] = []
+        self._packs: list[_Pack] = []
+        self._collected: dict[str, list[tuple[Any, ...]]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting or self._packs or self._collected)
+
+    def add(self, metrics: Mapping[str, Metric]) -> None:
+        """Take one step's metrics; no arithmetic is done here."""
+        self._waiting.append(metrics)
+        if len(self._waiting) >= _PACK_AFTER:
+            self._pack()
+
+    def fetch(self) -> dict[str, Any]:
+        """Merge all, compute, forget: floats by name (a tensor on the CPU for `Collect`). One transfer for all scalars."""
+        self._pack()
+        flat = [stack.flatten().double() for pack in self._packs for stack in pack.stacks]
+        numbers: list[float] = torch.cat(flat).tolist() if flat else []  # sync: the one transfer of a log point
+        columns: dict[tuple[str, type[Metric]], list[list[float]]] = {}
+        at = 0
+        for pack in self._packs:
+            for name, kind in zip(pack.names, pack.kinds, strict=True):
+                own = columns.setdefault((name, kind), [[] for _ in fields(kind)])
+                for column in own:
+                    column.extend(numbers[at : at + pack.steps])
+                    at += pack.steps
+        found: dict[str, Any] = {name: kind.fold(*own).compute() for (name, kind), own in columns.items()}
+        for name, parts in self._collected.items():
+            found[name] = Collect.fold(parts).compute().cpu()  # sync: values that are kept one by one
+        self._packs, self._collected = [], {}
+        return found
+
+    def _pack(self) -> None:
+        """Stack the waiting scalars; runs of steps with the same metrics go together."""
+        waiting, self._waiting = self._waiting, []
+        run: list[list[Any]] = []
+        names: tuple[str, ...] = ()
+        kinds: tuple[type[Metric], ...] = ()
+        packed = False
+        for metrics in waiting:
+            if type(metrics) is Packed:
+                if metrics.names != names or metrics.kinds != kinds or not packed:
+                    self._close(names, kinds, run)
+                    run, names, kinds, packed = [], metrics.names, metrics.kinds, True
+                run.append([metrics.values_])
+                continue
+            scalars: Mapping[str, Metric]
+            if Collect in map(type, metrics.values()):
+                for name, metric in metrics.items():
+                    if isinstance(metric, Collect):
+                        self._collected.setdefault(name, []).append(metric.parts)
+                scalars = {name: metric for name, metric in metrics.items() if not isinstance(metric, Collect)}
+            else:
+                scalars = metrics
+            these, types = tuple(scalars), tuple(map(type, scalars.values()))
+            if these != names or types != kinds or packed:
+                self._close(names, kinds, run)
+                run, names, kinds, packed = [], these, types, False
+            row: list[Any] = []
+            for metric in scalars.values():
+                row.extend(_parts(metric))
+            run.append(row)
+        self._close(names, kinds, run)
+
+    def _close(self, names: tuple[str, ...], kinds: tuple[type[Metric], ...], run: list[list[Any]]) -> None:
+        if not run or not run[0]:
+            return
+        if isinstance(run[0][0], Tensor) and run[0][0].ndim == 1:  # one vector a step; stacked, a row for each field
+            self._packs.append(_Pack(names, kinds, len(run), [torch.stack([row[0] for row in run], dim=1)]))
+            return
+        device = next((value.device for value in run[0] if isinstance(value, Tensor)), torch.device("cpu"))
+        stacks: list[Tensor] = []
+        group: list[Tensor] = []
+        for column in zip(*run, strict=True):  # neighbouring columns of one dtype are stacked together
+            tensors = [v if isinstance(v, Tensor) else torch.tensor(float(v), dtype=torch.float64, device=device) for v in column]
+            if group and group[-1].dtype != tensors[0].dtype:
+                stacks.append(torch.stack(group))
+                group = []
+            group.extend(tensors)
+        stacks.append(torch.stack(group))
+        self._packs.append(_Pack(names, kinds, len(run), stacks))
+
+
+def _parts(metric: Metric) -> Any:
+    """The fields of a metric, in order."""
+    kind = type(metric)
+    getter = _getters.get(kind)
+    if getter is None:
+        names = fields(kind)
+        one = operator.attrgetter(*names)
+        getter = _getters[kind] = one if len(names) > 1 else lambda m: (one(m),)
+    return getter(metric)

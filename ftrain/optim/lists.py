@@ -1,0 +1,93 @@
+"""Arithmetic on all leaves of a tree at once, so that an update rule is written once, as on one tensor.
+
+`Leaves([a, b]) * 2 + Leaves([c, d])` is `Leaves([a * 2 + c, b * 2 + d])`, each operation one `torch._foreach_` call (one launch
+for all leaves). `over` runs a rule on `Leaves` in eager mode, and on one leaf after the other under vmap, which has no rules for
+the `_foreach_` calls, and under compile, where Inductor fuses the separate operations just as well and dynamo does not take
+a tensor and an object of our own on the two sides of an operator.
+
+The other operand of an operator may be a number, a 0-d tensor (a scheduled or injected hyper-parameter) or `Leaves`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import tree
+
+__all__ = ["Leaves", "norms", "over"]
+
+Operand = Any  # Leaves | float | 0-d Tensor
+
+
+class Leaves:
+    """A list of tensors with the arithmetic of one tensor, by `torch._foreach_` calls."""
+
+    __slots__ = ("tensors",)
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = list(tensors)
+
+    def __add__(self, other: Operand) -> Leaves:
+        return Leaves(torch._foreach_add(self.tensors, _values(other)))
+
+    def __sub__(self, other: Operand) -> Leaves:
+        if isinstance(other, Tensor):  # there is no _foreach_sub with a tensor
+            return self + (-other)
+        return Leaves(torch._foreach_sub(self.tensors, _values(other)))
+
+    def __mul__(self, other: Operand) -> Leaves:
+        return Leaves(torch._foreach_mul(self.tensors, _values(other)))
+
+    def __truediv__(self, other: Operand) -> Leaves:
+        return Leaves(torch._foreach_div(self.tensors, _values(other)))
+
+    def __neg__(self) -> Leaves:
+        return Leaves(torch._foreach_neg(self.tensors))
+
+    def sqrt(self) -> Leaves:
+        """Square root of each element."""
+        return Leaves(torch._foreach_sqrt(self.tensors))
+
+
+def _values(other: Operand) -> Any:
+    return other.tensors if isinstance(other, Leaves) else other
+
+
+def _one_by_one() -> bool:
+    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+
+
+def norms(tensors: list[Tensor]) -> list[Tensor]:
+    """The 2-norm of each tensor, 0-d."""
+    if _one_by_one():
+        return [torch.linalg.vector_norm(t) for t in tensors]
+    return list(torch._foreach_norm(tensors))
+
+
+def over(rule: Callable[..., Any], first: Any, *rest: Any) -> Any:
+    """Apply a rule, written as on one tensor, to whole trees of one structure; what it returns (one or a tuple) comes back as trees.
+
+    >>> import torch
+    >>> from ftrain.optim.lists import over
+    >>> over(lambda g, p: g * 2.0 + p, {"w": torch.ones(2)}, {"w": torch.ones(2)})
+    {'w': tensor([3., 3.])}
+    """
+    shape = tree.structure(first)
+    lists = [tree.leaves(first)] + [tree.leaves(other) for other in rest]
+    for other in lists[1:]:
+        tree.zip_strict(lists[0], other, "gradients, optimizer state and parameters are")
+    if not lists[0]:
+        return first
+    if _one_by_one():
+        rows = [rule(*row) for row in zip(*lists, strict=True)]
+        if isinstance(rows[0], tuple):
+            return tuple([tree.unflatten(shape, column) for column in zip(*rows, strict=True)])
+        return tree.unflatten(shape, rows)
+    out = rule(*[Leaves(found) for found in lists])
+    if isinstance(out, tuple):
+        return tuple([tree.unflatten(shape, one.tensors) for one in out])
+    return tree.unflatten(shape, out.tensors)

@@ -1,0 +1,202 @@
+"""The algebra of transforms: `chain`, `identity`, `apply_updates`, `inject`.
+
+Laws
+----
+- `chain(a, chain(b, c))` computes what `chain(chain(a, b), c)` does, and `identity()` is neutral in it.
+- `inject(f)(lr=x)` computes what `f(lr=x)` does, with `x` as a leaf of the state that anybody may replace.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import tree
+from ..errors import LimitError, explain
+from ..types import Schedule, Transform
+from .lists import over
+
+__all__ = ["Injected", "apply_updates", "chain", "identity", "inject", "new_count", "nonnegative", "value_at"]
+
+
+def identity() -> Transform:
+    """The transform that changes nothing.
+
+    >>> import ftrain as ft
+    >>> ft.optim.identity().update({"w": 1.0}, (), {"w": 0.0})
+    ({'w': 1.0}, ())
+    """
+    return Transform(lambda params: (), lambda grads, state, params: (grads, state))
+
+
+def chain(*transforms: Transform) -> Transform:
+    """Transforms one after the other: each works on what the one before it gave.
+
+    Args:
+        *transforms: from the gradient to the update.
+
+    Returns:
+        A transform whose state is the tuple of their states.
+
+    >>> import torch, ftrain as ft
+    >>> tx = ft.optim.chain(ft.optim.clip_by_global_norm(1.0), ft.optim.sgd(1.0))
+    >>> params = {"w": torch.zeros(2)}
+    >>> updates, _ = tx.update({"w": torch.tensor([30.0, 40.0])}, tx.init(params), params)
+    >>> updates["w"]
+    tensor([-0.6000, -0.8000])
+    """
+    for position, one in enumerate(transforms):
+        if not isinstance(one, Transform):
+            raise TypeError(
+                explain(
+                    "ft.optim.chain wants transforms.",
+                    where=f"argument {position}",
+                    expected="Transform(init, update)",
+                    got=type(one).__name__,
+                    fix="ft.optim.chain(ft.optim.clip_by_global_norm(1.0), ft.optim.adamw(3e-4))",
+                )
+            )
+
+    def init(params: Any, /) -> Any:
+        return tuple([one.init(params) for one in transforms])
+
+    def update(grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]:
+        new = []
+        for one, own in tree.zip_strict(transforms, state, "transforms of a chain and their states are"):
+            grads, own = one.update(grads, own, params)
+            new.append(own)
+        return grads, tuple(new)
+
+    return Transform(init, update)
+
+
+def apply_updates(params: Any, updates: Any) -> Any:
+    """`params + updates`, leaf by leaf, in the dtype of the parameters.
+
+    >>> import torch, ftrain as ft
+    >>> ft.optim.apply_updates({"w": torch.ones(2)}, {"w": torch.ones(2)})
+    {'w': tensor([2., 2.])}
+    """
+    return over(lambda p, u: p + u, params, updates)
+
+
+class Injected(NamedTuple):
+    """State of `inject`: hyper-parameters by name (0-d float64), the count of updates, the state of the optimizer.
+
+    >>> import torch, ftrain as ft
+    >>> ft.optim.inject(ft.optim.sgd)(lr=0.1).init({"w": torch.ones(2)}).hyper
+    {'lr': tensor(0.1000, dtype=torch.float64)}
+    """
+
+    hyper: dict[str, Tensor]
+    count: Tensor
+    inner: Any
+
+
+def inject(factory: Callable[..., Transform]) -> Callable[..., Transform]:
+    """Turn the numeric hyper-parameters of an optimizer into leaves of its state.
+
+    Hooks, `lr_find` and vmapped sweeps can then read and replace them: `state.opt.hyper["lr"]`. An argument that is a schedule
+    is evaluated at every update, and its value stands there too.
+
+    Args:
+        factory: a function of hyper-parameters that returns a transform, e.g. `ft.optim.adamw`.
+
+    Returns:
+        A function of the same arguments.
+
+    Source: the idea of `optax.inject_hyperparams`.
+
+    >>> import torch, ftrain as ft
+    >>> tx = ft.optim.inject(ft.optim.sgd)(lr=0.5)
+    >>> params = {"w": torch.zeros(1)}
+    >>> state = tx.init(params)
+    >>> halved = state._replace(hyper={"lr": state.hyper["lr"] / 2})
+    >>> tx.update({"w": torch.ones(1)}, halved, params)[0]["w"]
+    tensor([-0.2500])
+    """
+    signature = inspect.signature(factory)
+
+    def make(*args: Any, **kwargs: Any) -> Transform:
+        factory(*args, **kwargs)  # validates the arguments now, not at the first step
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        numbers = {k: float(v) for k, v in arguments.items() if type(v) in (int, float)}
+        tensors = {k: v for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim == 0}
+        schedules = {k: v for k, v in arguments.items() if is_schedule(v)}
+
+        def build(hyper: dict[str, Tensor]) -> Transform:
+            return factory(**{**arguments, **hyper})
+
+        def init(params: Any, /) -> Any:
+            count = new_count(params)
+            hyper = {
+                k: torch.tensor(v, dtype=torch.float64, device=count.device) for k, v in {**numbers, **tensors}.items()
+            }
+            hyper |= {k: schedule(count).to(torch.float64) for k, schedule in schedules.items()}
+            return Injected(hyper, count, factory(*args, **kwargs).init(params))
+
+        def update(grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]:
+            hyper = {**state.hyper, **{k: schedule(state.count).to(torch.float64) for k, schedule in schedules.items()}}
+            updates, inner = build(hyper).update(grads, state.inner, params)
+            return updates, Injected(hyper, state.count + 1, inner)
+
+        return Transform(init, update)
+
+    return make
+
+
+def new_count(params: Any) -> Tensor:
+    """A count of updates, zero, on the device of the parameters: int64 ()."""
+    found = tree.tensors(params)
+    return torch.zeros((), dtype=torch.int64, device=found[0].device if found else None)
+
+
+def is_schedule(value: object) -> bool:
+    """Whether a hyper-parameter is a function of the step rather than a number."""
+    return getattr(value, "is_schedule", False) is True
+
+
+def value_at(hyper: float | Tensor | Schedule, count: Tensor) -> float | Tensor:
+    """A hyper-parameter at this update: schedules are called with the count, numbers and tensors stand for themselves."""
+    if isinstance(hyper, (int, float, Tensor)):
+        return hyper
+    return hyper(count)
+
+
+def nonnegative(**hyper: Any) -> None:
+    """Raise unless each hyper-parameter that is a plain number is at least 0.
+
+    >>> from ftrain.optim.transform import nonnegative
+    >>> nonnegative(lr=-1.0)
+    Traceback (most recent call last):
+    ftrain.errors.LimitError: lr=-1.0 is negative.
+      expected: a number >= 0, a 0-d tensor or a schedule
+      got:      -1.0
+      fix:      lr=1.0
+    """
+    for name, value in hyper.items():
+        if isinstance(value, bool) or not (isinstance(value, (int, float, Tensor)) or callable(value)):
+            raise TypeError(
+                explain(
+                    f"{name}={value!r} is not a hyper-parameter.",
+                    expected="a number >= 0, a 0-d tensor or a schedule",
+                    got=type(value).__name__,
+                    fix=f"{name}=0.001",
+                )
+            )
+        if isinstance(value, (int, float)) and not value >= 0:
+            shown = abs(value) if value == value else 0.001
+            raise LimitError(
+                explain(
+                    f"{name}={value!r} is negative." if value < 0 else f"{name}={value!r} is not a number.",
+                    expected="a number >= 0, a 0-d tensor or a schedule",
+                    got=repr(value),
+                    fix=f"{name}={shown!r}",
+                )
+            )

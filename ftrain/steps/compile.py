@@ -1,0 +1,612 @@
+"""`compile`: the one place where a step becomes a program, and the one place where memory is reused.
+
+Laws
+----
+- A compiled step computes what the step computes (up to the backend's rounding).
+- Without donation the input state keeps its values. With donation the returned state lies in the input's memory, and the input
+  raises as soon as it is touched.
+- One program for a step, at most one more for a short last batch, none after that; each further one is a warning that names
+  the leaf that changed.
+
+The ladder, from fast to slow: the **step** (loss, gradient and update in one graph), the **loss** and the update compiled apart
+with the gradient taken outside, **eager**. `rung="auto"` takes the highest that works for the model.
+
+How a call is dispatched: dynamo traces the step once and keeps, per program, guards and bytecode. Calling those two directly
+(`check` and `run` of a `_Program`) does what `torch.compile`'s own entry does with a third less overhead per call; where
+torch does not show them, its own entry is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from .. import rng, tree
+from ..errors import CompileError, CompileWarning, FtrainError, RecompileWarning, StructureError, explain
+from ..metrics import Collect, Metric, normalise
+from ..state import Counters, TrainState, check_state
+from ..types import Batch
+from .bind import batch_size
+from .packed import Packed
+from .regions import using
+from .train import check_batch, seeded_by
+
+__all__ = ["CompiledStep", "Recompile", "Rung", "compile"]
+
+Rung = Literal["step", "loss", "eager"]
+_NAMES = {
+    "step": "the whole step in one graph",
+    "loss": "loss and update compiled apart, the gradient outside",
+    "eager": "eager, nothing compiled",
+}
+_serial = itertools.count()
+
+
+class Recompile(NamedTuple):
+    """One more compilation: at which call, which leaf changed, from what to what."""
+
+    call: int
+    leaf: str
+    before: str
+    after: str
+    short_batch: bool
+
+
+class _Program(NamedTuple):
+    """One compiled form of a step: its guards, its bytecode, the structure of the states it was made for."""
+
+    check: Callable[[dict[str, Any]], bool]
+    run: Callable[[TrainState, Batch], tuple[Any, Any]]
+    structure: tree.Structure
+
+
+class _Refused(Exception):
+    """A graph that the rung must not compile, with the reason."""
+
+
+def compile(
+    step: Callable[[TrainState, Batch], Any],
+    *,
+    donate: bool = True,
+    rung: Literal["auto", "step", "loss", "eager"] = "auto",
+    backend: str | Callable[..., Any] = "inductor",
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    dynamic: bool | None = None,
+) -> CompiledStep:
+    """Make a step fast: compile it with `torch.compile`, in the largest piece that works for its model.
+
+    Args:
+        step: `(state, batch) -> (state, metrics)`, or a step that only reads the state (`ft.eval_step`, `ft.predict_step`).
+        donate: let the new state take over the memory of the old one, which is then gone: touching it raises. Halves the
+            memory of a step at no cost in time.
+        rung: `"auto"` takes the highest rung that works and warns once where that is not the whole step; `"step"` and
+            `"loss"` raise instead; `"eager"` compiles nothing (and still donates).
+        backend: a backend of `torch.compile`: `"inductor"`, `"aot_eager"`, `"eager"`, or a function.
+        mode: Inductor's mode, e.g. `"max-autotune"`.
+        options: Inductor's options.
+        dynamic: as in `torch.compile`; None compiles for the first shapes and, once, for all others.
+
+    Returns:
+        A `CompiledStep`: called like `step`; `.rung`, `.reason`, `.compiles` and `.recompiles` tell what happened.
+
+    Raises:
+        CompileError: an unknown option, or (with a rung named) a step that does not compile.
+        DonatedStateError: when called with a state whose memory is gone.
+
+    >>> import torch, ftrain as ft
+    >>> model, tx = torch.nn.Linear(2, 1), ft.optim.sgd(0.1)
+    >>> step = ft.train_step(model, lambda model, batch: model(batch).square().mean(), tx)
+    >>> fast = ft.compile(step, backend="eager")
+    >>> state = ft.init(model, tx, seed=0)
+    >>> new, metrics = fast(state, torch.ones(8, 2))
+    >>> new, fast.rung, fast.compiles
+    (TrainState(step=1, epoch=0, samples=8, seed=0, on cpu)
+      params   2 tensors, 3 numbers, 12 B (float32)
+      opt      1 tensor, 1 number, 8 B (int64), 'step', 1)
+    >>> state.params  # doctest: +IGNORE_EXCEPTION_DETAIL
+    Traceback (most recent call last):
+    ftrain.errors.DonatedStateError: reading state.params of a state whose memory was given to a compiled step at step 0.
+    """
+    if isinstance(step, CompiledStep):
+        raise CompileError(explain("ft.compile: this step is compiled already.", got=repr(step), fix="ft.compile(step.step, ...)"))
+    if rung != "auto" and rung not in get_args(Rung):
+        raise CompileError(explain(f"ft.compile: unknown rung {rung!r}.", expected="auto, step, loss or eager"))
+    if (mode or options) and backend != "inductor":
+        raise CompileError(explain("ft.compile: mode= and options= are Inductor's.", got=f"backend={backend!r}", fix='backend="inductor"'))
+    return CompiledStep(step, donate=donate, rung=rung, compiler=_compiler(backend, mode, options), dynamic=dynamic)
+
+
+class CompiledStep:
+    """A step as a program. Made by `ftrain.compile`, called like the step.
+
+    Attributes:
+        step: the step itself.
+        donate: whether the input's memory is reused.
+        rung: `"step"`, `"loss"` or `"eager"`; None before the first call.
+        reason: why a higher rung was not taken, or None.
+        compiles: how many graphs were compiled.
+        recompiles: a `Recompile` for each one after the first.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[TrainState, Batch], Any],
+        *,
+        donate: bool,
+        rung: str,
+        compiler: Callable[..., Any],
+        dynamic: bool | None,
+    ) -> None:
+        self.step = step
+        self.donate = donate
+        self.requested = rung
+        self.rung: Rung | None = None
+        self.reason: str | None = None
+        self.compiles = 0
+        self.recompiles: list[Recompile] = []
+        self.advances = bool(getattr(step, "advances", False))
+        self._compiler = compiler
+        self._dynamic = dynamic
+        self._calls = 0
+        self._random = False  # whether some program draws random numbers: then the generators are seeded before each call
+        self._programs: list[_Program] = []
+        self._signatures: list[dict[str, str]] = []
+        self._parts: dict[tuple[int, str], Any] = {}
+        self._whole_fn: Callable[..., Any] | None = None
+        self._compiled_now = False
+        self._complained = False
+
+    def __repr__(self) -> str:
+        return f"compile({self.step!r}, donate={self.donate}, rung={self.rung or self.requested!r})"
+
+    def __call__(self, state: TrainState, batch: Batch) -> Any:
+        for program in self._programs:
+            if program.check({"state": state, "batch": batch}) and state.step._version == state._version:
+                self._calls += 1
+                if self._random:
+                    with seeded_by(state):
+                        out = self._guarded(program.run, state, batch)
+                else:
+                    out = self._guarded(program.run, state, batch)
+                return self._finish(state, batch, out, program.structure)
+        return self._slow(state, batch)
+
+    # -- the way of every call but the first ones ends above ------------------------------------------------------------
+
+    def _guarded(self, run: Callable[..., Any], state: TrainState, batch: Batch) -> Any:
+        """Run a program; whatever it raises half-way, a donated state is not to be trusted any more."""
+        try:
+            return run(state, batch)
+        except BaseException:
+            if self.donate:
+                _consume(state)
+            raise
+
+    def _finish(self, state: TrainState, batch: Batch, out: tuple[Any, Any], structure: tree.Structure) -> Any:
+        leaves, rest = out
+        if leaves is None:
+            return rest
+        if type(rest) is tuple:
+            rest = Packed(*rest)
+        if not self.donate:
+            new: TrainState = tree.unflatten(structure, leaves)
+            _carry(state.__dict__, new, batch, self.advances and self._random)
+            return new, rest
+        new = object.__new__(TrainState)
+        own = _consume(state)
+        new.__dict__.update(own)
+        new.__dict__["_version"] = new.step._version
+        new.__dict__.pop("_host", None)
+        _carry(own, new, batch, self.advances and self._random)
+        return new, rest
+
+    def _slow(self, state: TrainState, batch: Batch) -> Any:
+        """First call, changed input, bad input, or a lower rung."""
+        check_state(state, "a compiled step")
+        check_batch(batch, state.device)
+        self._calls += 1
+        if "_at" not in state.__dict__ and type(state.step) is Tensor and not state.step.is_meta:
+            state.__dict__["_at"] = state.counters().step
+        if self.rung is None:
+            return self._descend(state, batch)
+        if self.rung == "step":
+            return self._again(state, batch)
+        return self._parted(state, batch, self.rung)
+
+    # -- the ladder -------------------------------------------------------------------------------------------------------
+
+    def _descend(self, state: TrainState, batch: Batch) -> Any:
+        rungs: tuple[Rung, ...] = get_args(Rung) if self.requested == "auto" else (self.requested,)  # type: ignore[assignment]
+        reasons: list[str] = []
+        signature = _signature(state, batch)
+        for rung in rungs:
+            self._compiled_now = False
+            try:
+                out = self._whole(state, batch) if rung == "step" else self._parted(state, batch, rung)
+            except Exception as error:
+                if rung == "eager" or (rung == "step" and self._compiled_now) or isinstance(error, FtrainError):
+                    raise
+                self._forget()
+                reasons.append(_first_line(error))
+                if self.requested != "auto":
+                    self._diagnose(state, batch)
+                    raise CompileError(
+                        explain(
+                            f"ft.compile: the step does not compile as {_NAMES[rung]}.",
+                            got=reasons[0],
+                            fix='ft.compile(step)   # rung="auto" takes the highest rung that works',
+                        )
+                    ) from error
+                continue
+            self.rung = rung
+            self._signatures = [signature]
+            if reasons:
+                self.reason = "; ".join(dict.fromkeys(reasons))
+                warnings.warn(
+                    f"ft.compile runs {_NAMES[rung]}, not {_NAMES['step']}: {self.reason}", CompileWarning, stacklevel=4
+                )
+            return out
+        raise AssertionError("the last rung either returns or raises")
+
+    def _diagnose(self, state: TrainState, batch: Batch) -> None:
+        """Let the step itself say what is wrong, where the trace only knows that something is."""
+        new = self.step(state, batch)
+        if _is_step_result(new):
+            _check_step_result(state, new)
+
+    def _whole(self, state: TrainState, batch: Batch) -> Any:
+        """Compile the whole step for these inputs, and run it."""
+        if self._whole_fn is None:
+            fn = _fresh(_program, _step_=self.step, _donate_=self.donate)
+            self._whole_fn = torch.compile(
+                fn,
+                backend=functools.partial(self._backend, True),
+                fullgraph=True,
+                dynamic=self._dynamic,
+                options={"guard_filter_fn": _worth_guarding},
+            )
+            self._code = fn
+        structure = tree.structure(state)
+        with torch._dynamo.config.patch(trace_autograd_ops=True, allow_rnn=True), torch.enable_grad():
+            before = self.compiles
+            with seeded_by(state):
+                drawn = _Drawn(state.device)
+                try:
+                    out = self._whole_fn(state, batch)
+                except BaseException:
+                    if self.donate and self._compiled_now:
+                        _consume(state)
+                    raise
+                self._random = drawn.anything() or self._random
+        if self.compiles > before:
+            self._programs = _programs(self._code, structure, self._programs)
+        return self._finish(state, batch, out, structure)
+
+    def _again(self, state: TrainState, batch: Batch) -> Any:
+        """The whole step is compiled, but not for these inputs."""
+        before = self.compiles
+        known, signature = list(self._signatures), _signature(state, batch)
+        doubts = [_doubt(program, state, batch) for program in self._programs]
+        self._compiled_now = False
+        call = self._calls
+        try:
+            out = self._whole(state, batch)
+        except Exception as error:
+            if self._compiled_now or isinstance(error, FtrainError):
+                raise
+            self._diagnose(state, batch)
+            if not self._complained:
+                self._complained = True
+                warnings.warn(
+                    f"ft.compile runs this batch eagerly: {_first_line(error)}", CompileWarning, stacklevel=4
+                )
+            return self._parted(state, batch, "eager")
+        if self.compiles > before:
+            self._signatures.append(signature)
+            self._report(_difference(call, known, signature, doubts))
+        return out
+
+    def _report(self, found: Recompile) -> None:
+        expected = found.short_batch and not any(r.short_batch for r in self.recompiles)
+        self.recompiles.append(found)
+        if not expected:
+            warnings.warn(
+                f"ft.compile compiled the step again at call {found.call}: {found.leaf} changed from {found.before} "
+                f"to {found.after}",
+                RecompileWarning,
+                stacklevel=5,
+            )
+
+    def _parted(self, state: TrainState, batch: Batch, rung: Rung) -> Any:
+        """Run the step itself, with its regions compiled (`"loss"`) or not (`"eager"`)."""
+        with seeded_by(state):
+            if rung == "loss":
+                with using(self._part):
+                    out = self.step(state, batch)
+                if not self._parts:
+                    raise _Refused("the step has no parts that can be compiled alone")
+            else:
+                out = self.step(state, batch)
+        if not _is_step_result(out):
+            return out
+        new, metrics = _check_step_result(state, out)
+        if self.donate:
+            new = _overwrite(state, new)
+        return new, metrics
+
+    def _part(self, owner: object, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """The compiled form of a region of the step."""
+        name = (id(owner), fn.__name__)
+        if name not in self._parts:
+            part = torch.compile(
+                _fresh(_region, _fn_=fn), backend=functools.partial(self._backend, False), fullgraph=True, dynamic=self._dynamic
+            )
+
+            def run(*args: Any) -> Any:
+                with torch._dynamo.config.patch(allow_rnn=True):
+                    return part(*args)
+
+            self._parts[name] = run
+        return self._parts[name]  # type: ignore[no-any-return]  # what was stored above
+
+    def _backend(self, whole: bool, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        if whole and any(_is_checkpoint(node) for module in graph.modules() for node in _nodes(module)):
+            # 2.11 drops the recomputation silently, 2.13 refuses random operations in it (SDPA counts as one).
+            raise _Refused("the model uses activation checkpointing, which one graph would not recompute")
+        compiled: Callable[..., Any] = self._compiler(graph, inputs)
+        self.compiles += 1
+        self._compiled_now = True
+        return compiled
+
+    def _forget(self) -> None:
+        """A rung failed: nothing of it stays."""
+        self.compiles = 0
+        self._programs, self._parts, self._whole_fn = [], {}, None
+
+
+# -- what is traced ---------------------------------------------------------------------------------------------------------
+# These two are templates: `_fresh` gives each compiled step a copy with a code object and globals of its own, since dynamo counts
+# its limit of recompilations per code object, and all steps of a session would share one.
+
+
+def _program(state: TrainState, batch: Batch) -> tuple[Any, Any]:
+    out = _step_(state, batch)  # type: ignore[name-defined]  # noqa: F821 - a global of the copy
+    if not _is_step_result(out):
+        return None, out
+    new, metrics = out
+    old_leaves, new_leaves = tree.leaves(state), tree.leaves(new)
+    if not (tree.same_structure(state, new) and all(_alike(a, b) for a, b in zip(old_leaves, new_leaves, strict=True))):
+        raise StructureError("the step returned a state that is not like the one it was given.")
+    named = _pack(normalise(metrics, None, "the metrics that the step returned"))
+    if not _donate_:  # type: ignore[name-defined]  # noqa: F821
+        return new_leaves, named
+    # All new values stand before the first is written: a new leaf may be, or may look into, another old one.
+    values = [n if n is o else n.clone() for o, n in zip(old_leaves, new_leaves, strict=True)]
+    for o, value in zip(old_leaves, values, strict=True):
+        if value is not o:
+            o.copy_(value)  # mutates: donation, the new state takes over the memory of the old one
+    return (), named
+
+
+def _pack(named: dict[str, Metric]) -> Any:
+    """The metrics as names, kinds and one vector where all their fields are scalars of one dtype; else as they are."""
+    found = tree.leaves(named)
+    plain = all(isinstance(one, Tensor) and one.ndim == 0 and one.dtype == found[0].dtype for one in found)
+    if not found or not plain or any(isinstance(metric, Collect) for metric in named.values()):
+        return named
+    flat = [getattr(metric, name) for metric in named.values() for name in tree.fields(type(metric))]
+    return (*named,), (*[type(metric) for metric in named.values()],), torch.stack(flat)
+
+
+def _region(*args: Any) -> Any:
+    return _fn_(*args)  # type: ignore[name-defined]  # noqa: F821 - a global of the copy
+
+
+def _fresh(template: Any, **globals_: Any) -> types.FunctionType:
+    code = template.__code__.replace(co_name=f"{template.__name__}_{next(_serial)}")
+    return types.FunctionType(code, {**globals(), **globals_})
+
+
+def _is_step_result(out: Any) -> bool:
+    return isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], TrainState)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+
+
+def _check_step_result(state: TrainState, out: tuple[TrainState, Any]) -> tuple[TrainState, Any]:
+    new, metrics = out
+    if not (
+        tree.same_structure(state, new)
+        and all(_alike(a, b) for a, b in zip(tree.leaves(state), tree.leaves(new), strict=True))
+    ):
+        tree.check_same(
+            state,
+            new,
+            root="state",
+            what="the step returned a state that is not like the one it was given.",
+            fix="state.replace(params=...)   # with leaves of the same structure, shape, dtype and device",
+        )
+    return new, normalise(metrics, None, "the metrics that the step returned")
+
+
+# -- donation ---------------------------------------------------------------------------------------------------------------
+
+
+def _consume(state: TrainState) -> dict[str, Any]:
+    """Take a state's leaves away from it; from now on it raises. Gives what it held."""
+    own = dict(state.__dict__)
+    state.__dict__.clear()  # mutates: the donated state object, so that it cannot show memory that is no longer its own
+    state.__dict__["_donated_at"] = own.get("_at", "(unknown)")
+    return own
+
+
+def _carry(own: dict[str, Any], new: TrainState, batch: Batch, counted: bool) -> None:
+    """What the host knows of the counters, one step further."""
+    at = own.get("_at")
+    if at is not None:
+        new.__dict__["_at"] = at + 1
+    host = own.get("_host")
+    if counted and host is not None:
+        new.__dict__["_host"] = Counters(host.step + 1, host.epoch, host.samples + batch_size(batch), host.seed)
+
+
+def _overwrite(state: TrainState, new: TrainState) -> TrainState:
+    """Donation without a graph: copy the new leaves into the memory of the old state, and hand that on."""
+    old_leaves, new_leaves = tree.leaves(state), tree.leaves(new)
+    memory = {leaf.untyped_storage().data_ptr() for leaf in old_leaves}
+    pairs = [(o, n) for o, n in zip(old_leaves, new_leaves, strict=True) if n is not o]
+    values = [n.clone() if n.untyped_storage().data_ptr() in memory else n for _, n in pairs]
+    own = _consume(state)
+    with torch.no_grad():
+        torch._foreach_copy_([o for o, _ in pairs], values)  # mutates: donation, as in the compiled program
+    kept = object.__new__(TrainState)
+    kept.__dict__.update({name: value for name, value in own.items() if not name.startswith("_")})
+    kept.__dict__["_version"] = kept.step._version
+    if new._host is not None:
+        kept.__dict__["_host"] = new._host
+    if "_at" in own:
+        kept.__dict__["_at"] = own["_at"] + 1
+    return kept
+
+
+# -- torch.compile's inside -------------------------------------------------------------------------------------------------
+
+
+def _compiler(backend: str | Callable[..., Any], mode: str | None, options: dict[str, Any] | None) -> Callable[..., Any]:
+    """The backend as a function `(graph, inputs) -> callable`; imported when first used."""
+
+    def build(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        if callable(backend):
+            return backend(graph, inputs)  # type: ignore[no-any-return]
+        if backend != "inductor":
+            return torch._dynamo.lookup_backend(backend)(graph, inputs)  # type: ignore[no-any-return]
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx
+
+        # The guards have checked sizes and strides of all inputs; the generated code need not check them again (0.4 us a leaf).
+        patches = {"size_asserts": False, **(list_mode_options(mode) if mode else {}), **(options or {})}
+        return compile_fx(graph, inputs, config_patches=patches)  # type: ignore[no-any-return]
+
+    return build
+
+
+def _programs(fn: types.FunctionType, structure: tree.Structure, known: list[_Program]) -> list[_Program]:
+    """The compiled forms that dynamo keeps for a function, newest knowledge first; [] where torch does not show them."""
+    try:
+        entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(fn.__code__)
+        found = [(entry.guard_manager.check, entry.code) for entry in entries]
+    except AttributeError:
+        return []
+    old = {program.run.__code__: program for program in known}  # type: ignore[attr-defined]
+    return [
+        old[code] if code in old else _Program(check, types.FunctionType(code, fn.__globals__), structure)
+        for check, code in found
+    ]
+
+
+_LIBRARY = ("__import_ftrain_", "__import_torch_", "__import_optree", "__builtins_dict__")
+_STRUCTURAL = ("EMPTY_NN_MODULE_HOOKS_DICT", "NOT_PRESENT_IN_GENERIC_DICT", "DUPLICATE_INPUT")
+_SLOTS = ("param_slots", "buffer_slots", "param_names", "buffer_names", "._parameters", "._buffers", "._modules")
+
+
+def _worth_guarding(entries: Any) -> list[bool]:
+    """Which of dynamo's guards to keep: those on the state, the batch, and what a user can change between two calls.
+
+    Left out are guards on the code of torch, optree and ftrain itself, and on the structure of the private copy of the module,
+    which nobody else holds. Values in it (an attribute that the forward pass changes) stay guarded.
+    """
+
+    def keep(name: str, kind: str, value: object) -> bool:
+        if not name or name.startswith(("state", "batch", "L[")):
+            return True
+        if any(mark in name for mark in _LIBRARY) or name.startswith(("type(", "dict(type(")):
+            return False
+        if name.startswith("G['") and not name.startswith(("G['_step_']", "G['__import_")):
+            return False
+        if kind == "DUPLICATE_INPUT":
+            return False
+        if ".skeleton" in name:
+            private = kind in _STRUCTURAL or isinstance(value, torch.nn.Module)
+            return not (private or any(mark in name for mark in _SLOTS))
+        return True
+
+    return [keep(e.name, e.guard_type, e.value if e.has_value else None) for e in entries]
+
+
+def _nodes(module: torch.nn.Module) -> list[torch.fx.Node]:
+    return list(module.graph.nodes) if isinstance(module, torch.fx.GraphModule) else []
+
+
+def _is_checkpoint(node: torch.fx.Node) -> bool:
+    return node.op == "call_function" and "checkpoint" in getattr(node.target, "__name__", "")
+
+
+class _Drawn:
+    """Whether the default generators have been drawn from since this was made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.generators = [torch.default_generator]
+        if device.type == "cuda":
+            self.generators.append(rng._generator(device))
+        self.states = [generator.get_state() for generator in self.generators]
+
+    def anything(self) -> bool:
+        return any(
+            not torch.equal(was, generator.get_state())
+            for was, generator in zip(self.states, self.generators, strict=True)
+        )
+
+
+# -- what changed -----------------------------------------------------------------------------------------------------------
+
+
+def _signature(state: TrainState, batch: Batch) -> dict[str, str]:
+    found = {}
+    for root, value in (("state", state), ("batch", batch)):
+        for path, leaf in tree.items(value, root=root):
+            found[path] = f"{tree.describe(leaf)}, stride {tuple(leaf.stride())}" if isinstance(leaf, Tensor) else repr(leaf)
+    return found
+
+
+def _difference(call: int, known: list[dict[str, str]], now: dict[str, str], doubts: list[str]) -> Recompile:
+    def changes(before: dict[str, str]) -> list[str]:
+        return [path for path in (*before, *(p for p in now if p not in before)) if before.get(path) != now.get(path)]
+
+    nearest = min(known, key=lambda before: len(changes(before)), default={})
+    changed = changes(nearest)
+    if not changed:
+        reason = next((d for d in doubts if d), "a value outside state and batch")
+        return Recompile(call, reason, "what it was when the step was traced", "something else", False)
+    batch_only = all(path.startswith("batch") for path in changed)
+    path = changed[0]
+    return Recompile(call, path, nearest.get(path, "absent"), now.get(path, "absent"), batch_only)
+
+
+def _doubt(program: _Program, state: TrainState, batch: Batch) -> str:
+    """Which guard of a program fails, as dynamo words it."""
+    owner = getattr(program.check, "__self__", None)
+    verbose = getattr(owner, "check_verbose", None)
+    if verbose is None:
+        return ""
+    parts = getattr(verbose({"state": state, "batch": batch}), "verbose_code_parts", [])
+    return str(parts[0]).split("#")[0].strip() if parts else ""
+
+
+def _first_line(error: BaseException) -> str:
+    cause: BaseException = error
+    while cause.__cause__ is not None and not isinstance(cause, _Refused):
+        cause = cause.__cause__
+    if isinstance(error, _Refused) or isinstance(cause, _Refused):
+        return str(cause if isinstance(cause, _Refused) else error)
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"

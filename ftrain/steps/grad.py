@@ -1,0 +1,84 @@
+"""The grad level: from a loss to its gradient.
+
+The gradient is `torch.autograd.grad` on detached leaves, never `torch.func.grad`: the latter drops, under compile, the backward
+of a custom `autograd.Function` that is applied directly to a parameter (pytorch #193279), and refuses activation checkpointing
+and DTensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import tree
+from ..errors import LossError, explain
+from ..metrics import Mean, Metric
+from ..types import Batch, Engine, GradFn, LossFn, Params
+
+__all__ = ["SingleDevice", "value_and_grad"]
+
+
+class SingleDevice:
+    """The engine for one device: plain tensors, `torch.autograd.grad`."""
+
+    def value_and_grad(
+        self, loss_fn: LossFn, params: Params, buffers: Params, batch: Batch, rng: Tensor, /
+    ) -> tuple[Params, Mean, tuple[dict[str, Metric], Params]]:
+        """The gradient of `loss.total / loss.weight` with respect to `params`, and what the loss returned."""
+        leaves = {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in params.items()}
+        # The scope stays open until the backward has finished: activation checkpointing runs the forward again in there, and
+        # would otherwise read the parameters that the module had before.
+        with torch.enable_grad(), loss_fn.scope(leaves, buffers):
+            loss, (metrics, new_buffers) = loss_fn(leaves, buffers, batch, rng)
+            if not loss.total.requires_grad:
+                raise LossError(_unconnected(leaves))
+            mean = loss.total / loss.weight
+            grads = torch.autograd.grad(mean, list(leaves.values()), materialize_grads=True)
+        found = dict(zip(leaves, grads, strict=True))
+        return found, Mean(loss.total.detach(), loss.weight), ({k: _detached(m) for k, m in metrics.items()}, new_buffers)
+
+
+def value_and_grad(loss_fn: LossFn, *, engine: Engine | None = None) -> GradFn:
+    """Make a grad-level function from a loss-level one.
+
+    Args:
+        loss_fn: as made by `ftrain.bind`, possibly wrapped.
+        engine: how gradients are computed; default: on one device.
+
+    Returns:
+        `(params, buffers, batch, rng) -> (grads, loss, (metrics, buffers))`. Parameters that the loss does not use get zeros.
+
+    Raises (when called):
+        LossError: the loss depends on no parameter.
+
+    >>> import torch, ftrain as ft
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> grad_fn = ft.value_and_grad(ft.bind(model, lambda model, batch: model(batch).mean()))
+    >>> state = ft.init(model, ft.optim.sgd(0.1))
+    >>> grads, loss, (metrics, buffers) = grad_fn(state.params, state.buffers, torch.full((4, 1), 3.0), ft.rng.key(0))
+    >>> grads["weight"]
+    tensor([[3.]])
+    """
+    chosen = SingleDevice() if engine is None else engine
+
+    def grad_fn(
+        params: Params, buffers: Params, batch: Batch, rng: Tensor, /
+    ) -> tuple[Params, Mean, tuple[dict[str, Metric], Params]]:
+        return chosen.value_and_grad(loss_fn, params, buffers, batch, rng)
+
+    return grad_fn
+
+
+def _detached(metric: Metric) -> Metric:
+    found: Metric = tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, metric)
+    return found
+
+
+def _unconnected(leaves: Params) -> str:
+    return explain(
+        "the loss is not connected to any parameter.",
+        expected=f"a loss that depends on some of: {', '.join(list(leaves)[:6])}",
+        got="a loss without a gradient",
+        cause="loss_fn computed it under torch.no_grad(), detached it, or used another model than its argument",
+        fix="def loss_fn(model, batch):\n    return F.cross_entropy(model(batch['x']), batch['y'])",
+    )

@@ -1,0 +1,133 @@
+"""A private copy of the user's module that holds no numbers, into which a state's tensors are put for the time of a call.
+
+Laws
+----
+- The user's module is never changed, and nothing that is done to it later is seen here.
+- Outside `installed` every parameter and buffer lies on the `meta` device: a stray read fails, it does not give old numbers.
+- What the module writes into its buffers goes into copies; the tensors that were installed keep their values.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError, StructureError, explain
+from ..state import check_materialised
+
+__all__ = ["Installed", "Skeleton"]
+
+
+class Skeleton:
+    """The module's code and configuration, with slots for its parameters and buffers.
+
+    Args:
+        model: the user's module; copied, without its numbers.
+        train: True keeps the mode of each submodule as the user set it (and switches all to training mode where the model as
+            a whole was left in evaluation mode); False switches all to evaluation mode.
+    """
+
+    def __init__(self, model: nn.Module, *, train: bool) -> None:
+        check_materialised(model, "ft.bind")
+        named = dict(model.named_parameters())
+        buffers = dict(model.named_buffers())
+        memo: dict[int, Any] = {}
+        canonical: dict[int, str] = {}
+        for name, leaf in {**named, **buffers}.items():
+            empty = torch.empty_like(leaf, device="meta")
+            memo[id(leaf)] = nn.Parameter(empty, leaf.requires_grad) if isinstance(leaf, nn.Parameter) else empty
+            canonical[id(memo[id(leaf)])] = name
+        try:
+            self.module = copy.deepcopy(model, memo)
+        except Exception as error:
+            raise ModelError(
+                explain(
+                    f"ft.bind: {type(model).__name__} cannot be copied: {error}",
+                    cause="a module that stores activations or tensors with a gradient history as attributes",
+                    fix="keep such tensors in local variables, or delete them before ft.train_step(model, ...)",
+                )
+            ) from error
+        if not train:
+            self.module.eval()
+        elif not self.module.training:
+            self.module.train()
+        self.param_names = tuple(named)
+        self.buffer_names = tuple(buffers)
+        self.param_slots: list[tuple[nn.Module, str, str]] = []
+        self.buffer_slots: list[tuple[nn.Module, str, str]] = []
+        self.rnns: list[nn.RNNBase] = []
+        for module in self.module.modules():
+            for kind, slots in ((module._parameters, self.param_slots), (module._buffers, self.buffer_slots)):
+                slots.extend((module, key, canonical[id(leaf)]) for key, leaf in kind.items() if leaf is not None)
+            if isinstance(module, nn.RNNBase):
+                self.rnns.append(module)
+
+    def check(self, params: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
+        """Raise unless the leaves are exactly those of the module."""
+        got = {*params, *buffers}
+        want = {*self.param_names, *self.buffer_names}
+        if got != want:
+            missing, extra = sorted(want - got), sorted(got - want)
+            raise StructureError(
+                explain(
+                    f"the state does not belong to the model {type(self.module).__name__}.",
+                    expected=f"leaves named as in the model; missing: {', '.join(missing[:5]) or 'none'}",
+                    got=f"extra: {', '.join(extra[:5]) or 'none'}",
+                    fix="state = ft.init(model, tx)   # with the model that the step was made from",
+                )
+            )
+
+
+class Installed:
+    """Context in which a skeleton holds the given leaves; gives its module.
+
+    Buffers are installed as copies; `buffers()` reads what the module made of them.
+    """
+
+    def __init__(self, skeleton: Skeleton, params: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
+        self.skeleton = skeleton
+        self.params = params
+        self.given = buffers
+
+    def __enter__(self) -> nn.Module:
+        skeleton = self.skeleton
+        leaves = {**self.given, **self.params}
+        own = {name: self.given[name].clone() for name in skeleton.buffer_names}
+        self.saved_params = [module._parameters[key] for module, key, _ in skeleton.param_slots]
+        self.saved_buffers = [module._buffers[key] for module, key, _ in skeleton.buffer_slots]
+        for module, key, name in skeleton.param_slots:
+            module._parameters[key] = leaves[name]  # type: ignore[assignment]  # a plain tensor serves as a parameter
+        for module, key, name in skeleton.buffer_slots:
+            module._buffers[key] = own[name]
+        # An RNN calls its kernel with a list of its own, which only assignment through `__setattr__` keeps up to date.
+        self.saved_flat = [rnn._flat_weights for rnn in skeleton.rnns]
+        for rnn in skeleton.rnns:
+            rnn.__dict__["_flat_weights"] = [rnn._parameters.get(name) for name in rnn._flat_weights_names]
+        if not torch.compiler.is_compiling():
+            self.modes = [(module, module.training) for module in skeleton.module.modules()]
+        return skeleton.module
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        skeleton = self.skeleton
+        for (module, key, _), was in zip(skeleton.param_slots, self.saved_params, strict=True):
+            module._parameters[key] = was
+        for (module, key, _), was in zip(skeleton.buffer_slots, self.saved_buffers, strict=True):
+            module._buffers[key] = was
+        for rnn, flat in zip(skeleton.rnns, self.saved_flat, strict=True):
+            rnn.__dict__["_flat_weights"] = flat
+        if not torch.compiler.is_compiling():
+            for module, training in self.modes:
+                module.training = training
+
+    def buffers(self) -> dict[str, Tensor]:
+        """All leaves that came in as buffers, with the values that the module left; frozen parameters as they came."""
+        new = dict(self.given)
+        for module, key, name in self.skeleton.buffer_slots:
+            value = module._buffers[key]
+            if value is not None:
+                new[name] = value.detach()
+        return new

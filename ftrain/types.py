@@ -1,0 +1,144 @@
+"""The shape of every function that users write or wrap, as Protocols whose docstrings are the contracts.
+
+Five levels, each wrapped only by `A -> A`:
+
+| level     | shape                                                                     | contract        |
+|-----------|---------------------------------------------------------------------------|-----------------|
+| loss      | `(params, buffers, batch, rng) -> (loss, (metrics, buffers))` + `scope`    | `LossFn`        |
+| grad      | `(params, buffers, batch, rng) -> (grads, loss, (metrics, buffers))`      | `GradFn`        |
+| transform | `Transform(init, update)`                                                 | `Transform`     |
+| step      | `(state, batch) -> (state, metrics)`                                      | `Step`          |
+| hook      | `(state, event) -> state` or `Outcome(state, metrics, stop)`              | `Hook`          |
+
+All of them are pure: they change none of their arguments, keep nothing between two calls, and draw random numbers only from
+the key they are given or, inside a step, from torch's default generators, which the step seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from torch import Tensor
+
+from .metrics import Mean, Metric
+
+__all__ = [
+    "Batch",
+    "Engine",
+    "EvalStep",
+    "GradFn",
+    "Hook",
+    "InitFn",
+    "LossFn",
+    "Metrics",
+    "Params",
+    "Schedule",
+    "Step",
+    "Transform",
+    "UpdateFn",
+]
+
+Params = dict[str, Tensor]
+Batch = Any
+Metrics = Mapping[str, Metric]
+S = TypeVar("S")
+
+
+class InitFn(Protocol):
+    """`init(params) -> state`: the optimizer's first state for these parameters, a pytree of tensors on their device."""
+
+    def __call__(self, params: Any, /) -> Any: ...
+
+
+class UpdateFn(Protocol):
+    """`update(grads, state, params) -> (updates, state)`.
+
+    `updates` has the structure, shapes and dtypes of `grads` and is *added* to the parameters. The new state has the structure,
+    shapes and dtypes of the old one. `params` are the parameters before the update; a transform that does not need them must
+    accept them all the same.
+    """
+
+    def __call__(self, grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]: ...
+
+
+class Transform(NamedTuple):
+    """An optimizer, or a piece of one: two pure functions (the form of optax).
+
+    Laws: `update` keeps structure, shapes, dtypes and devices of gradients and of its state; hyper-parameters may be Python
+    numbers, 0-d tensors or schedules; nothing is read on the host.
+
+    >>> import torch, ftrain as ft
+    >>> tx = ft.optim.sgd(0.5)
+    >>> params = {"w": torch.ones(2)}
+    >>> updates, state = tx.update({"w": torch.ones(2)}, tx.init(params), params)
+    >>> updates["w"]
+    tensor([-0.5000, -0.5000])
+    """
+
+    init: InitFn
+    update: UpdateFn
+
+
+class Schedule(Protocol):
+    """`schedule(step) -> value`: a hyper-parameter as a function of the step; both are 0-d tensors (float64 for the value)."""
+
+    def __call__(self, step: Tensor, /) -> Tensor: ...
+
+
+class LossFn(Protocol):
+    """The loss level: `(params, buffers, batch, rng) -> (loss, (metrics, buffers))`, made by `ftrain.bind`.
+
+    `params` are the leaves that are differentiated, by path. `buffers` are all others (frozen parameters and the module's
+    buffers), by path; those that came in are given back, with the values that the forward pass left. `loss` is a `Mean`:
+    a total and its weight. `rng` is this call's key.
+    """
+
+    def __call__(
+        self, params: Params, buffers: Params, batch: Batch, rng: Tensor, /
+    ) -> tuple[Mean, tuple[dict[str, Metric], Params]]: ...
+
+    def scope(self, params: Params, buffers: Params, /) -> AbstractContextManager[Any]:
+        """Install the leaves as the loss sees them; the grad level holds this open until the backward has finished."""
+        ...
+
+
+class GradFn(Protocol):
+    """The grad level: `(params, buffers, batch, rng) -> (grads, loss, (metrics, buffers))`; `grads` is like `params`."""
+
+    def __call__(
+        self, params: Params, buffers: Params, batch: Batch, rng: Tensor, /
+    ) -> tuple[Params, Mean, tuple[dict[str, Metric], Params]]: ...
+
+
+class Engine(Protocol):
+    """How a gradient is computed: the one place that knows about devices."""
+
+    def value_and_grad(
+        self, loss_fn: LossFn, params: Params, buffers: Params, batch: Batch, rng: Tensor, /
+    ) -> tuple[Params, Mean, tuple[dict[str, Metric], Params]]:
+        """The gradient of `loss.total / loss.weight` with respect to `params`, and what the loss returned."""
+        ...
+
+
+class Step(Protocol[S]):
+    """The step level: `(state, batch) -> (state, metrics)`.
+
+    The new state has the structure, shapes, dtypes and devices of the old one, which stays as it is unless the step was
+    compiled with `donate=True`. `metrics` is a dict of monoids (`ftrain.metrics`) or 0-d tensors.
+    """
+
+    def __call__(self, state: S, batch: Batch, /) -> tuple[S, Metrics]: ...
+
+
+class EvalStep(Protocol[S]):
+    """`(state, batch) -> metrics`, made by `ftrain.eval_step`; the state is only read."""
+
+    def __call__(self, state: S, batch: Batch, /) -> Metrics: ...
+
+
+class Hook(Protocol[S]):
+    """`(state, event) -> state`, or `Outcome(state, metrics, stop)`; called between steps, on the host."""
+
+    def __call__(self, state: S, event: Any, /) -> Any: ...

@@ -1,0 +1,1 @@
+"""The tests of ftrain; files mirror those of the package."""

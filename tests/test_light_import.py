@@ -1,0 +1,84 @@
+"""`import ftrain` costs next to nothing in a process that already has torch, numpy and optree.
+
+Measured in new processes, because this one has everything imported; the best of three, because the machine is shared.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MAX_MILLISECONDS = 60
+MAX_MEGABYTES = 15
+HEAVY = {
+    "IPython",
+    "jax",
+    "matplotlib",
+    "orbax",
+    "pandas",
+    "rich",
+    "sklearn",
+    "torch._dynamo",
+    "torch._inductor",
+    "wandb",
+}
+
+PROBE = """
+import json, resource, sys, time
+import numpy, optree, torch
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+modules, megabytes, start = set(sys.modules), resident(), time.perf_counter()
+import ftrain
+ftrain.fit, ftrain.init, ftrain.train_step
+seconds = time.perf_counter() - start
+print(json.dumps({
+    "milliseconds": 1e3 * seconds,
+    "megabytes": resident() - megabytes,
+    "modules": sorted(set(sys.modules) - modules),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def probes(tmp_path_factory):
+    if not sys.platform.startswith("linux"):
+        pytest.skip("resident memory is read from /proc")
+    package = Path(importlib.util.find_spec("ftrain").origin).parent
+    environment = os.environ | {"PYTHONPATH": str(package.parent)}  # the package that this process would import
+    runs = []
+    for _ in range(3):
+        run = subprocess.run(
+            [sys.executable, "-c", PROBE],
+            env=environment,
+            cwd=tmp_path_factory.mktemp("probe"),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+        runs.append(json.loads(run.stdout.splitlines()[-1]))
+    return runs
+
+
+def test_import_is_quick(probes):
+    times = [run["milliseconds"] for run in probes]
+    assert min(times) <= MAX_MILLISECONDS, f"{times} ms"
+
+
+def test_import_takes_little_memory(probes):
+    sizes = [run["megabytes"] for run in probes]
+    assert min(sizes) <= MAX_MEGABYTES, f"{sizes} MB"
+
+
+def test_import_leaves_heavy_packages_alone(probes):
+    imported = set(probes[0]["modules"])
+    heavy = {name for name in imported for root in HEAVY if name == root or name.startswith(f"{root}.")}
+    assert not heavy, f"`import ftrain` imported {sorted(heavy)[:10]}; import them inside the function that uses them"
