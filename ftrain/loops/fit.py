@@ -197,17 +197,21 @@ class _Session:
         state, stop = tick.state, None
         if self.hooks and self.hooks.listens(kind, now):
             state, stop = self.happens(state, self.event(kind, tick, now, metrics=tick.metrics))
-        found: dict[str, Any] = {}
-        for name, (step, source, cadence) in self.evaluators.items():
-            if cadence.fires(before, now):
-                results = run(state, step, source, f"the evaluator {name!r}")
-                found |= {f"{name}/{key}": value for key, value in results.items()}
-                self.emit(Record(tick.step, self.epochs(tick), tick.samples, self.seconds(), name, results))
-        if found and self.hooks.listens("evaluation", now):
-            state, why = self.happens(state, self.event("evaluation", tick, now, metrics=found))
+        due = [(name, *rest) for name, (*rest, cadence) in self.evaluators.items() if cadence.fires(before, now)]
+        if due and self.progress is not None and before is not None:
+            self.progress.refresh(tick.step, tick.epoch, tick.samples, now.seconds)
+        results: list[Record] = []
+        for name, step, source in due:
+            metrics = run(state, step, source, f"the evaluator {name!r}")
+            results.append(Record(tick.step, self.epochs(tick), tick.samples, self.seconds(), name, metrics))
+        if results and self.hooks.listens("evaluation", now):
+            named = {name: value for record in results for name, value in record.named().items()}
+            state, why = self.happens(state, self.event("evaluation", tick, now, metrics=named))
             stop = stop or why
         if before is not None and (tick.end or self.log.fires(before, now)):
             self.record(tick)
+        for record in results:
+            self.emit(record)
         cadences = [self.log, *(cadence for _, _, cadence in self.evaluators.values())]
         self.due = min(cadence.next_step(now) for cadence in cadences)
         self.asked = now

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import tree
 from ..errors import ModelError, explain
 from ..types import Schedule, Transform
-from .lists import over
+from .lists import lerp, over
 from .transform import new_count, nonnegative, value_at
 
 __all__ = ["AdamState", "adam", "adamw"]
@@ -116,17 +116,20 @@ def _adam(lr: Any, b1: Any, b2: Any, eps: Any, weight_decay: Any, *, decoupled: 
         # float64: 1 - b2 is lost to cancellation in float32 (6e-5 of it at b2 = 0.999, t = 1).
         t = count.to(torch.float64)
         root2 = (1.0 - beta2**t).sqrt()
-        size = rate / (1.0 - beta1**t)
+        size = rate * root2 / (1.0 - beta1**t)
+        small = epsilon * root2
 
         def rule(g: Any, p: Any, mu: Any, nu: Any) -> tuple[Any, Any, Any]:
             if decays and not decoupled:
                 g = g + p * decay
-            mu = mu * beta1 + g * (1.0 - beta1)
-            nu = nu * beta2 + g * g * (1.0 - beta2)
-            return mu / (nu.sqrt() / root2 + epsilon) * -size, mu, nu
+            mu = lerp(mu, g, 1.0 - beta1)
+            nu = lerp(nu, g * g, 1.0 - beta2)
+            # the root of the bias correction stands outside: sqrt(nu) / root2 + eps = (sqrt(nu) + eps root2) / root2
+            change = mu / (nu.sqrt() + small) * -size
+            return (change - p * (rate * decay) if decays and decoupled and mask is None else change), mu, nu
 
         updates, mu, nu = over(rule, grads, params, state.mu, state.nu)
-        if decays and decoupled:
+        if decays and decoupled and mask is not None:
             updates = _add_decay(updates, params, _decaying(mask, params), rate * decay)
         return updates, AdamState(count, mu, nu)
 

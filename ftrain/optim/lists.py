@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import tree
 
-__all__ = ["Leaves", "norms", "over"]
+__all__ = ["Leaves", "lerp", "norms", "over"]
 
 Operand = Any  # Leaves | float | 0-d Tensor
 
@@ -29,7 +29,7 @@ class Leaves:
     __slots__ = ("tensors",)
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = list(tensors)
+        self.tensors = tensors
 
     def __add__(self, other: Operand) -> Leaves:
         return Leaves(torch._foreach_add(self.tensors, _values(other)))
@@ -51,6 +51,19 @@ class Leaves:
     def sqrt(self) -> Leaves:
         """Square root of each element."""
         return Leaves(torch._foreach_sqrt(self.tensors))
+
+
+def lerp(a: Any, b: Any, weight: Any) -> Any:
+    """`a + weight (b - a)`, on tensors or `Leaves`.
+
+    >>> import torch
+    >>> from ftrain.optim.lists import lerp
+    >>> lerp(torch.zeros(1), torch.ones(1), 0.25)
+    tensor([0.2500])
+    """
+    if isinstance(a, Leaves) and not isinstance(weight, Tensor):
+        return Leaves(torch._foreach_lerp(a.tensors, b.tensors, weight))
+    return a + (b - a) * weight
 
 
 def _values(other: Operand) -> Any:

@@ -14,21 +14,26 @@ from __future__ import annotations
 import html
 import math
 import os
+import re
 import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
 from numbers import Real
-from typing import Any, NamedTuple, Protocol, TextIO, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO, cast
 
 from ..errors import explain
 from .record import Record
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 __all__ = ["Progress", "console"]
 
 WINDOW = 15.0  # seconds over which the rate is taken
 ROWS = 20  # evaluations that the notebook's table shows; all of them are in the history
 BAR = 10  # columns of the shortest bar; it grows in these units, so that its end does not jitter
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours, and what moves the cursor
 ENDS = {"epochs", "steps", "until", "data"}  # statuses of a run that went as planned, not worth a word
 
 
@@ -38,19 +43,23 @@ class Progress(Protocol):
     Attributes:
         interval: seconds between refreshes; `fit` calls `refresh` at most that often.
 
-    >>> import ftrain as ft
-    >>> class Dots:
-    ...     interval = 0.0
+    >>> from ftrain.sinks import Progress
+    >>> class Plain:
+    ...     interval = 1.0
+    ...
     ...     def refresh(self, step, epoch, samples, seconds):
-    ...         print(end=".")
+    ...         print("at", step)
+    ...
     ...     def record(self, record):
-    ...         pass
+    ...         print(record.metrics)
+    ...
     ...     def close(self, status):
     ...         print(status)
-    >>> dots: ft.sinks.Progress = Dots()
-    >>> dots.refresh(1, 0, 8, 0.1), dots.close("steps")
-    .steps
-    (None, None)
+    >>> plain: Progress = Plain()
+    >>> plain.refresh(1, 0, 8, 0.1)
+    at 1
+    >>> plain.close("steps")
+    steps
     """
 
     interval: float
@@ -94,10 +103,10 @@ def console(
     Raises:
         ValueError: `interval` is negative or NaN.
 
-    >>> import ftrain as ft
-    >>> progress = ft.sinks.console(epochs=3, steps_per_epoch=150)
+    >>> from ftrain.sinks import Record, console
+    >>> progress = console(epochs=3, steps_per_epoch=150)
     >>> progress.refresh(75, 0, 4800, 0.5)
-    >>> progress.record(ft.sinks.Record(150, 1, 9600, 1.0, "train", {"loss": 0.31207, "accuracy": 0.91}))
+    >>> progress.record(Record(150, 1, 9600, 1.0, "train", {"loss": 0.31207, "accuracy": 0.91}))
     step 150/450  epoch 1  loss 0.3121  accuracy 0.91  150 steps/s
     >>> progress.close("epochs")
     """
@@ -194,6 +203,16 @@ class _Field(NamedTuple):
     text: str
 
 
+def _bar(done: float, width: int, plain: bool) -> tuple[str, str]:
+    """The part that is done and the rest, told apart without colours too; `[===>   ]` where `plain`."""
+    if plain:
+        whole = int(done * (width - 2))
+        return f"[{'=' * whole}", f"{'>' * (0 < whole < width - 2)}".ljust(width - 2 - whole) + "]"
+    halves = int(done * width * 2)
+    filled = "━" * (halves // 2) + "╸" * (halves % 2)
+    return filled, "─" * (width - len(filled))
+
+
 # -------------------------------------------------------------------------------------------------------- the displays
 
 
@@ -246,18 +265,21 @@ class _Display:
         rate = self._speed.rate()
         return "  ".join([*fields, _per_second(rate)] if rate and record.split == "train" else fields)
 
-    def _fields(self, status: str | None = None) -> list[_Field]:
-        """The line without its bar; with a status, as it stays when the run is over."""
+    def _stopped(self, status: str) -> str:
+        return f"stopped at step {self._count()} after {_time(self._seconds)}: {status}"
+
+    def _fields(self) -> list[_Field]:
+        """The line without its bar."""
         rate = self._speed.rate()
         fields = [_Field(0, self._count()), _Field(5, f"epoch {self._epoch}")]
         fields += [_Field(5 + i if i else 1, f"{name} {text}") for i, (name, text) in enumerate(self._metrics.items())]
         if rate:
             fields.append(_Field(3, _per_second(rate)))
-        if status is not None or self._end is None:
+        if self._closed or self._end is None:
             fields.append(_Field(2, _time(self._seconds)))
         elif rate and self._step < self._end:
             fields.append(_Field(2, f"{_time((self._end - self._step) / rate)} left"))
-        return [*fields, _Field(1, status)] if status else fields
+        return fields
 
     def _done(self) -> float | None:
         """The share of this run that is done, where its length is known."""
@@ -270,13 +292,10 @@ class _Display:
     def _finish(self, status: str) -> None: ...
 
 
-def _encoding(stream: TextIO) -> str:
+def _encodable(text: str, stream: TextIO) -> str:
+    """The text with `?` for what the stream cannot write, as a Windows code page cannot."""
     encoding = getattr(stream, "encoding", None) or "utf-8"  # a StringIO has none
-    try:
-        "".encode(encoding)
-    except LookupError:
-        return "ascii"
-    return encoding
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 class _Lines(_Display):
@@ -291,14 +310,13 @@ class _Lines(_Display):
 
     def _finish(self, status: str) -> None:
         if status:
-            self._write(f"stopped at step {self._count()} after {_time(self._seconds)}: {status}")
+            self._write(self._stopped(status))
 
     def _write(self, text: str) -> None:
         if self._stream is None:
             return
         try:
-            encoding = _encoding(self._stream)
-            self._stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+            self._stream.write(_encodable(text, self._stream) + "\n")
             self._stream.flush()
         except (OSError, ValueError):  # closed, or a pipe that nobody reads
             self._stream = None
@@ -311,64 +329,101 @@ class _Terminal(_Display):
     """
 
     def __init__(self, start: int, end: int | None, interval: float, stream: TextIO) -> None:
+        super().__init__(start, end, interval)
         from rich.console import Console
 
         class Screen(Console):
             def on_broken_pipe(self) -> None:
                 raise BrokenPipeError  # rich would end the process
 
-        super().__init__(start, end, interval)
         self._stream = stream
         self._screen = Screen(file=stream, force_terminal=True, force_jupyter=False)
-        self._lock = threading.RLock()
+        self._ascii = self._screen.legacy_windows or "?" in _encodable("━╸─", stream)
+        self.lock = threading.RLock()
         self._aside: dict[str, _Aside] = {}  # what stands in for sys.stdout and sys.stderr meanwhile
+        self._begun = False
         self._drawn = False  # the line is on the screen, and the cursor at its end
         self._partial = False  # the user's last line has no end yet
         self._gone = False
 
     def yield_to(self, text: str) -> None:
         """Take the line away because the user is about to write `text`."""
-        if text:
-            self._put()
-            self._partial = not text.endswith("\n")
+        self._put()
+        visible = ESCAPES.sub("", text)
+        if visible.strip(" \r"):
+            self._partial = not visible.endswith("\n")
+        elif visible.endswith("\r"):  # as other progress bars do when they clear theirs
+            self._partial = False
 
     def _draw(self) -> None:
-        with self._lock:
-            self._install()
+        with self.lock:
+            self._begin()
             if not self._partial:
-                self._put(self._line(None))
+                self._put(self._line())
                 self._drawn = not self._gone
 
     def _add(self, record: Record) -> None:
         if record.split != "train":
-            with self._lock:
-                self._install()
-                self._put(self._row(record), "\n")
+            with self.lock:
+                self._begin()
+                self._put(self._text(self._row(record)), "\n")
 
     def _finish(self, status: str) -> None:
-        with self._lock:
-            if self._aside or self._drawn:
-                self._put(self._line(status), "\n")
+        with self.lock:
+            if self._begun:
+                self._put(self._line(), "\n")
+            if self._begun and status:
+                self._put(self._text(self._stopped(status)), "\n")
             for name, aside in self._aside.items():
                 if getattr(sys, name) is aside:  # otherwise somebody stands in for us, and we only pass on
                     setattr(sys, name, aside.stream)
 
-    def _install(self) -> None:
-        """Stand in for the standard streams that show on this terminal."""
-        if self._aside or self._stream not in (sys.stdout, sys.stderr):
+    def _begin(self) -> None:
+        """Stand in for the standard streams, if the line is on the terminal that shows them."""
+        if self._begun:
             return
-        for name in ("stdout", "stderr"):
+        self._begun = True
+        for name in ("stdout", "stderr") if self._stream in (sys.stdout, sys.stderr) else ():
             stream = getattr(sys, name)
             if stream is not None and _is_terminal(stream):
                 self._aside[name] = _Aside(stream, self)
                 setattr(sys, name, self._aside[name])
 
-    def _put(self, text: Any = "", end: str = "") -> None:
-        """Write in place of the line, in one piece; rows may be longer than the screen is wide."""
-        from rich.control import Control, ControlType
+    def _text(self, text: str) -> Text:
         from rich.text import Text
 
-        if self._gone or not (self._drawn or text):
+        return Text(_encodable(text, self._stream))
+
+    def _line(self) -> Text:
+        """The fields for which there is room, and a bar of 10, 20 or 30 columns."""
+        from rich.cells import cell_len
+
+        done, fields = self._done(), self._fields()
+        if done is not None:
+            fields.insert(0, _Field(4, " " * BAR))
+        room = self._screen.width - 1  # a terminal may wrap after its last column
+        kept: set[int] = set()
+        for i in sorted(range(len(fields)), key=lambda i: fields[i].rank):
+            width = cell_len(fields[i].text) + 2 * bool(kept)
+            if width <= room or not kept:
+                kept.add(i)
+                room -= width
+        line = self._text("")
+        texts = [field.text for i, field in enumerate(fields) if i in kept]
+        if done is not None and 0 in kept:
+            filled, rest = _bar(done, BAR + min(max(room, 0) // BAR, 2) * BAR, self._ascii)
+            line.append(filled, "green").append(rest, "dim")
+            texts[0] = ""
+        line.append_text(self._text("  ".join(texts)))
+        line.truncate(max(self._screen.width - 1, 1))
+        return line
+
+    def _put(self, text: Text | None = None, end: str = "") -> None:
+        """Write in place of the line, in one piece; what ends a line may be longer than the screen is wide."""
+        from rich.control import Control
+        from rich.segment import ControlType
+
+        if self._gone or (text is None and not self._drawn):
             return
         try:
             with self._screen:
@@ -377,8 +432,85 @@ class _Terminal(_Display):
                 elif self._partial and end:
                     self._screen.print()
                     self._partial = False
-                if text:
-                    self._screen.print(Text(text) if isinstance(text, str) else text, end=end, soft_wrap=True)
+                if text is not None:
+                    self._screen.print(text, end=end, soft_wrap=True)
         except (OSError, ValueError):  # closed, or hung up
             self._gone = True
         self._drawn = False
+
+
+class _Aside:
+    """Stands in for a standard stream: what is written goes through as it is, once the line has stepped aside."""
+
+    def __init__(self, stream: TextIO, line: _Terminal) -> None:
+        self.stream, self._line, self._pid = stream, line, os.getpid()
+
+    def write(self, text: str) -> int:
+        if os.getpid() != self._pid:  # a forked worker owns neither the line nor, perhaps, a free lock
+            return self.stream.write(text)
+        with self._line.lock:
+            self._line.yield_to(text)
+            return self.stream.write(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        # `input()` and callers of subprocesses flush before something that we do not see writes to the terminal.
+        if os.getpid() == self._pid:
+            with self._line.lock:
+                self._line.yield_to("")
+        self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+class _Notebook(_Display):
+    """One display that is updated in place: a bar, the line, and a table of evaluations."""
+
+    def __init__(self, start: int, end: int | None, interval: float) -> None:
+        super().__init__(start, end, interval)
+        self._handle: Any = None
+        self._rows: dict[int, dict[str, str]] = {}  # by step
+        self._texts: deque[str] = deque(maxlen=ROWS)  # the same for frontends without HTML
+
+    def _add(self, record: Record) -> None:
+        if record.split != "train":
+            row = self._rows.setdefault(record.step, {"step": f"{record.step}", "epoch": f"{record.epoch}"})
+            row |= _numbers(record.named())
+            self._texts.append(self._row(record))
+
+    def _finish(self, status: str) -> None:
+        if self._handle is not None or self._rows:
+            self._draw(status)
+
+    def _draw(self, status: str = "") -> None:
+        from IPython.display import display
+
+        line = "  ".join(field.text for field in self._fields())
+        if status:
+            line += f"\n{self._stopped(status)}"
+        shown = {"text/html": self._html(line), "text/plain": "\n".join([*self._texts, line])}
+        if self._handle is None:
+            self._handle = display(shown, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+        else:
+            self._handle.update(shown, raw=True)
+
+    def _html(self, line: str) -> str:
+        done = self._done()
+        bar = "" if done is None else f'<progress value="{done:.4f}" style="width: 14em"></progress>&ensp;'
+        line = f'<div style="white-space: pre-wrap">{bar}{html.escape(line)}</div>'
+        rows = list(self._rows.values())
+        if not rows:
+            return line
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        earlier = f'<tr><td colspan="{len(names)}">{len(rows) - ROWS} earlier</td></tr>' if len(rows) > ROWS else ""
+        table = [f"<tr>{_cells('th', names)}</tr>{earlier}"]
+        table += [f"<tr>{_cells('td', [row.get(name, '') for name in names])}</tr>" for row in rows[-ROWS:]]
+        return f"{line}<table>{''.join(table)}</table>"
+
+
+def _cells(tag: str, texts: list[str]) -> str:
+    return "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)

@@ -168,27 +168,23 @@ class CompiledStep:
         return f"compile({self.step!r}, donate={self.donate}, rung={self.rung or self.requested!r})"
 
     def __call__(self, state: TrainState, batch: Batch) -> Any:
-        for program in self._programs:
-            if program.check({"state": state, "batch": batch}) and state.step._version == state._version:
-                self._calls += 1
-                if self._random:
-                    with seeded_by(state):
-                        out = self._guarded(program.run, state, batch)
-                else:
-                    out = self._guarded(program.run, state, batch)
-                return self._finish(state, batch, out, program.structure)
+        if self._programs:  # the way of every call but the first ones
+            given = _as_leaves(state) if _LEAVES_OUTSIDE else state
+            for program in self._programs:
+                if program.check({"state": given, "batch": batch}) and state.step._version == state._version:
+                    self._calls += 1
+                    try:
+                        if self._random:
+                            with seeded_by(state):
+                                out = program.run(given, batch)
+                        else:
+                            out = program.run(given, batch)
+                    except BaseException:
+                        if self.donate:  # stopped half-way: what its memory holds is not to be trusted any more
+                            _consume(state)
+                        raise
+                    return self._finish(state, batch, out, program.structure)
         return self._slow(state, batch)
-
-    # -- the way of every call but the first ones ends above ------------------------------------------------------------
-
-    def _guarded(self, run: Callable[..., Any], state: TrainState, batch: Batch) -> Any:
-        """Run a program; whatever it raises half-way, a donated state is not to be trusted any more."""
-        try:
-            return run(state, batch)
-        except BaseException:
-            if self.donate:
-                _consume(state)
-            raise
 
     def _finish(self, state: TrainState, batch: Batch, out: tuple[Any, Any], structure: tree.Structure) -> Any:
         leaves, rest = out
@@ -280,7 +276,7 @@ class CompiledStep:
             with seeded_by(state):
                 drawn = _Drawn(state.device)
                 try:
-                    out = self._whole_fn(state, batch)
+                    out = self._whole_fn(_as_leaves(state) if _LEAVES_OUTSIDE else state, batch)
                 except BaseException:
                     if self.donate and self._compiled_now:
                         _consume(state)
@@ -294,7 +290,7 @@ class CompiledStep:
         """The whole step is compiled, but not for these inputs."""
         before = self.compiles
         known, signature = list(self._signatures), _signature(state, batch)
-        doubts = [_doubt(program, state, batch) for program in self._programs]
+        doubts = [_doubt(program, _as_leaves(state) if _LEAVES_OUTSIDE else state, batch) for program in self._programs]
         self._compiled_now = False
         call = self._calls
         try:
@@ -361,7 +357,17 @@ class CompiledStep:
         if whole and any(_is_checkpoint(node) for module in graph.modules() for node in _nodes(module)):
             # 2.11 drops the recomputation silently, 2.13 refuses random operations in it (SDPA counts as one).
             raise _Refused("the model uses activation checkpointing, which one graph would not recompute")
-        compiled: Callable[..., Any] = self._compiler(graph, inputs)
+        # AOTAutograd cannot differentiate oneDNN's LSTM, whose backward wants a workspace that tracing does not make ("got None
+        # ... for argument 'workspace'", 2.13); without oneDNN an LSTM is traced as the matrix products that it is.
+        recurrent = any(getattr(node.target, "__name__", "") == "lstm" for node in graph.graph.nodes)
+        onednn = torch.backends.mkldnn.enabled
+        if recurrent and onednn:
+            torch.backends.mkldnn.enabled = False
+        try:
+            compiled: Callable[..., Any] = self._compiler(graph, inputs)
+        finally:
+            if recurrent and onednn:
+                torch.backends.mkldnn.enabled = True
         self.compiles += 1
         self._compiled_now = True
         return compiled
@@ -390,9 +396,10 @@ def _program(state: TrainState, batch: Batch) -> tuple[Any, Any]:
         return new_leaves, named
     # All new values stand before the first is written: a new leaf may be, or may look into, another old one.
     values = [n if n is o else n.clone() for o, n in zip(old_leaves, new_leaves, strict=True)]
-    for o, value in zip(old_leaves, values, strict=True):
-        if value is not o:
-            o.copy_(value)  # mutates: donation, the new state takes over the memory of the old one
+    with torch.no_grad():
+        for o, value in zip(old_leaves, values, strict=True):
+            if value is not o:
+                o.copy_(value)  # mutates: donation, the new state takes over the memory of the old one
     return (), named
 
 
@@ -437,6 +444,17 @@ def _check_step_result(state: TrainState, out: tuple[TrainState, Any]) -> tuple[
             fix="state.replace(params=...)   # with leaves of the same structure, shape, dtype and device",
         )
     return new, normalise(metrics, None, "the metrics that the step returned")
+
+
+# torch before 2.13 cannot make the leaves of a gradient inside a graph ("Unsupported Tensor.requires_grad_() call"): there they come
+# in from outside, at a microsecond for each parameter and call.
+_LEAVES_OUTSIDE = tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13)
+
+
+def _as_leaves(state: TrainState) -> TrainState:
+    if not isinstance(state, TrainState) or "params" not in state.__dict__:
+        return state
+    return state.replace(params={name: p.detach().requires_grad_() for name, p in state.params.items()})
 
 
 # -- donation ---------------------------------------------------------------------------------------------------------------
@@ -490,8 +508,10 @@ def _compiler(backend: str | Callable[..., Any], mode: str | None, options: dict
             return backend(graph, inputs)  # type: ignore[no-any-return]
         if backend != "inductor":
             return torch._dynamo.lookup_backend(backend)(graph, inputs)  # type: ignore[no-any-return]
-        from torch._inductor import list_mode_options
-        from torch._inductor.compile_fx import compile_fx
+        with warnings.catch_warnings():  # its import warns of a torch.jit function that torch itself uses (2.13)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from torch._inductor import list_mode_options
+            from torch._inductor.compile_fx import compile_fx
 
         # The guards have checked sizes and strides of all inputs; the generated code need not check them again (0.4 us a leaf).
         patches = {"size_asserts": False, **(list_mode_options(mode) if mode else {}), **(options or {})}
@@ -603,10 +623,9 @@ def _doubt(program: _Program, state: TrainState, batch: Batch) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    cause: BaseException = error
-    while cause.__cause__ is not None and not isinstance(cause, _Refused):
-        cause = cause.__cause__
-    if isinstance(error, _Refused) or isinstance(cause, _Refused):
-        return str(cause if isinstance(cause, _Refused) else error)
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+    """What went wrong, from the innermost cause, in one line."""
+    cause = error
+    while not isinstance(cause, _Refused) and (cause.__cause__ or getattr(cause, "inner_exception", None)) is not None:
+        cause = cause.__cause__ or cause.inner_exception  # type: ignore[attr-defined]  # BackendCompilerFailed has one
+    text = next((line for line in str(cause).splitlines() if line.strip()), "no message")
+    return text if isinstance(cause, _Refused) else f"{type(cause).__name__}: {text.strip()}"

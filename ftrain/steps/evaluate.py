@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import rng
 from ..metrics import normalise
 from ..state import TrainState, check_state
 from ..types import Batch, Metrics
 from .bind import batch_size, check_closure, takes_rng
 from .skeleton import Installed, Skeleton
-from .train import check_batch, seeded_by
+from .train import check_batch, seeded_by, step_key
 
 __all__ = ["eval_step", "predict_step", "to_module"]
 
@@ -43,7 +42,7 @@ class ReadStep:
         self.skeleton.check(state.params, buffers)
         with torch.no_grad(), Installed(self.skeleton, state.params, buffers) as model:
             if self.wants_rng:
-                out = self.fn(model, batch, rng.fold_in(state.seed, state.step))
+                out = self.fn(model, batch, step_key(state))
             else:
                 out = self.fn(model, batch)
         return self._finish(out, batch)

@@ -70,6 +70,8 @@ def value_and_grad(loss_fn: LossFn, *, engine: Engine | None = None) -> GradFn:
 
 
 def _detached(metric: Metric) -> Metric:
+    if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree.leaves(metric)):
+        return metric
     found: Metric = tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, metric)
     return found
 

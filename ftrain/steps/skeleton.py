@@ -57,20 +57,21 @@ class Skeleton:
             self.module.train()
         self.param_names = tuple(named)
         self.buffer_names = tuple(buffers)
+        self.names = {*self.param_names, *self.buffer_names}
+        self.modules = list(self.module.modules())
         self.param_slots: list[tuple[nn.Module, str, str]] = []
         self.buffer_slots: list[tuple[nn.Module, str, str]] = []
-        self.rnns: list[nn.RNNBase] = []
-        for module in self.module.modules():
+        for module in self.modules:
             for kind, slots in ((module._parameters, self.param_slots), (module._buffers, self.buffer_slots)):
                 slots.extend((module, key, canonical[id(leaf)]) for key, leaf in kind.items() if leaf is not None)
             if isinstance(module, nn.RNNBase):
-                self.rnns.append(module)
+                _read_weights_from_slots(module)
 
     def check(self, params: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
         """Raise unless the leaves are exactly those of the module."""
-        got = {*params, *buffers}
-        want = {*self.param_names, *self.buffer_names}
-        if got != want:
+        got = params.keys() | buffers.keys()
+        if got != self.names:
+            want = self.names
             missing, extra = sorted(want - got), sorted(got - want)
             raise StructureError(
                 explain(
@@ -80,6 +81,26 @@ class Skeleton:
                     fix="state = ft.init(model, tx)   # with the model that the step was made from",
                 )
             )
+
+
+def _read_weights_from_slots(rnn: nn.RNNBase) -> None:
+    """Make an RNN call its kernel with the parameters that it has now.
+
+    It keeps a list of them, `_flat_weights`, and in `forward` compares it with weak references to the ones before and stores
+    the new ones on itself: a side effect that would keep a state's leaves alive, and that no graph can have. Here the list
+    becomes a property.
+    """
+
+    def weights(self: nn.RNNBase) -> list[Any]:
+        return [self._parameters.get(name) for name in self._flat_weights_names]
+
+    def nothing_to_update(self: nn.RNNBase) -> None:
+        return None
+
+    rnn.__dict__.pop("_flat_weights", None)
+    kind = type(rnn)
+    own = {"_flat_weights": property(weights), "_update_flat_weights": nothing_to_update}
+    rnn.__class__ = type(kind.__name__, (kind,), own)
 
 
 class Installed:
@@ -103,12 +124,8 @@ class Installed:
             module._parameters[key] = leaves[name]  # type: ignore[assignment]  # a plain tensor serves as a parameter
         for module, key, name in skeleton.buffer_slots:
             module._buffers[key] = own[name]
-        # An RNN calls its kernel with a list of its own, which only assignment through `__setattr__` keeps up to date.
-        self.saved_flat = [rnn._flat_weights for rnn in skeleton.rnns]
-        for rnn in skeleton.rnns:
-            rnn.__dict__["_flat_weights"] = [rnn._parameters.get(name) for name in rnn._flat_weights_names]
         if not torch.compiler.is_compiling():
-            self.modes = [(module, module.training) for module in skeleton.module.modules()]
+            self.modes = [module.training for module in skeleton.modules]
         return skeleton.module
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
@@ -117,11 +134,10 @@ class Installed:
             module._parameters[key] = was
         for (module, key, _), was in zip(skeleton.buffer_slots, self.saved_buffers, strict=True):
             module._buffers[key] = was
-        for rnn, flat in zip(skeleton.rnns, self.saved_flat, strict=True):
-            rnn.__dict__["_flat_weights"] = flat
         if not torch.compiler.is_compiling():
-            for module, training in self.modes:
-                module.training = training
+            for module, training in zip(skeleton.modules, self.modes, strict=True):
+                if module.training != training:
+                    module.training = training
 
     def buffers(self) -> dict[str, Tensor]:
         """All leaves that came in as buffers, with the values that the module left; frozen parameters as they came."""

@@ -17,7 +17,7 @@ from .bind import batch_size, bind
 from .grad import value_and_grad
 from .regions import region
 
-__all__ = ["check_batch", "make_step", "seeded_by", "train_step"]
+__all__ = ["check_batch", "make_step", "seeded_by", "step_key", "train_step"]
 
 
 class TrainStep:
@@ -39,10 +39,13 @@ class TrainStep:
             return self._step(state, batch)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = rng.fold_in(state.seed, state.step)
+        key = step_key(state)
         given = {**state.frozen, **state.buffers}
         grads, loss, (metrics, new) = self.grad_fn(state.params, given, batch, key)
-        params, opt = region(self, self._update)(grads, state.opt, state.params)
+        old = state.params
+        if torch.compiler.is_compiling():  # where the leaves of the gradient came in from outside (see steps/compile.py)
+            old = {name: p.detach() for name, p in old.items()}
+        params, opt = region(self, self._update)(grads, state.opt, old)
         state = state.advance(
             batch_size(batch), params=params, opt=opt, buffers={name: new[name] for name in state.buffers}
         )
@@ -108,6 +111,13 @@ def train_step(model: nn.Module, loss_fn: Callable[..., Any], tx: Transform) -> 
     (tensor(1), tensor(0), 'Mean')
     """
     return make_step(value_and_grad(bind(model, loss_fn)), tx)
+
+
+def step_key(state: TrainState) -> Tensor:
+    """This step's key, `fold_in(seed, step)`; made from the host's copy of the counters where there is one."""
+    if not torch.compiler.is_compiling() and state._host is not None:
+        return rng.key(rng.fold_in_host(state._host.seed, state._host.step), state.device)
+    return rng.fold_in(state.seed, state.step)
 
 
 class _nothing:

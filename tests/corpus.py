@@ -1,0 +1,196 @@
+"""The corpus: models with a batch and a loss, and optimizers. A new one is a row here, not a new test file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ftrain as ft
+
+
+class Conv(nn.Module):
+    """Convolutions with batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            # without biases, whose gradient is nothing but rounding before a batch norm
+            nn.Conv2d(1, 4, 3, padding=1, bias=False),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 3, padding=1, bias=False),
+            nn.BatchNorm2d(4),
+        )
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.body(x)).mean((2, 3)))
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, w = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        return self.out(y.transpose(1, 2).reshape(b, t, w))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, 2, dropout)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Gpt(nn.Module):
+    """A small GPT with dropout; the embedding and the head are one matrix."""
+
+    def __init__(self, vocab: int = 11, width: int = 16, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.token, self.place = nn.Embedding(vocab, width), nn.Embedding(8, width)
+        self.blocks = nn.ModuleList([Block(width, dropout) for _ in range(2)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocab, bias=False)
+        self.head.weight = self.token.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.token(ids) + self.place(torch.arange(ids.shape[1], device=ids.device))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class Lstm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+class Frozen(nn.Module):
+    """A frozen backbone, a trained head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.backbone.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.backbone(x)))
+
+
+class TwoHeads(nn.Module):
+    """No forward: the heads are methods."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 1)
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.one(torch.relu(self.trunk(x)))
+
+    def regress(self, x: Tensor) -> Tensor:
+        return self.two(torch.relu(self.trunk(x))).squeeze(-1)
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
+
+
+def _classify(model: nn.Module, batch: dict[str, Tensor]) -> Any:
+    logits = model(batch["x"])
+    return F.cross_entropy(logits, batch["y"]), {"accuracy": ft.metrics.accuracy(logits, batch["y"])}
+
+
+def _language(model: nn.Module, batch: dict[str, Tensor]) -> Any:
+    ids = batch["ids"]
+    logits = model(ids[:, :-1])
+    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return ft.metrics.Mean.of(losses), {"perplexity": ft.metrics.perplexity(logits, ids[:, 1:])}
+
+
+def _two_heads(model: Any, batch: dict[str, Tensor]) -> Any:
+    return F.cross_entropy(model.classify(batch["x"]), batch["y"]) + model.regress(batch["x"]).square().mean()
+
+
+def _rows(*shape: int) -> Callable[[int, torch.Generator], dict[str, Tensor]]:
+    def make(n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        x = torch.randn(n, *shape, generator=generator)
+        return {"x": x, "y": torch.randint(0, 3, (n,), generator=generator)}
+
+    return make
+
+
+def _text(n: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {"ids": torch.randint(0, 11, (n, 8), generator=generator)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its loss, and how its batches are made. `rough`: draws random numbers in training."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    loss_fn: Callable[..., Any]
+    rows: Callable[[int, torch.Generator], dict[str, Tensor]]
+    random: bool = False
+
+    def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return self.make().to(dtype)
+
+    def batch(self, n: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        found = self.rows(n, torch.Generator().manual_seed(seed))
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in found.items()}
+
+    def batches(self, count: int, n: int = 8, dtype: torch.dtype = torch.float32) -> list[dict[str, Tensor]]:
+        return [self.batch(n, seed, dtype) for seed in range(count)]
+
+
+MODELS = {
+    case.name: case
+    for case in (
+        Case("mlp", _mlp, _classify, _rows(6), random=True),
+        Case("conv_bn", Conv, _classify, _rows(1, 6, 6)),
+        Case("gpt", Gpt, _language, _text, random=True),
+        Case("lstm", Lstm, _classify, _rows(5, 4)),
+        Case("frozen", Frozen, _classify, _rows(6)),
+        Case("two_heads", TwoHeads, _two_heads, _rows(6)),
+    )
+}
+
+OPTIMIZERS: dict[str, Callable[[], ft.Transform]] = {
+    "sgd": lambda: ft.optim.sgd(0.1),
+    "sgd_nesterov": lambda: ft.optim.sgd(0.05, momentum=0.9, nesterov=True, weight_decay=1e-2),
+    "adam": lambda: ft.optim.adam(1e-2, weight_decay=1e-2),
+    "adamw_clip_warmup": lambda: ft.optim.chain(
+        ft.optim.clip_by_global_norm(0.5),
+        ft.optim.adamw(ft.schedules.warmup_cosine(1e-2, 2, 50, start=1e-3), mask=lambda path, p: p.ndim >= 2),
+    ),
+    "injected": lambda: ft.optim.inject(ft.optim.adamw)(lr=1e-2),
+}
+
+
+def setup(model: str, optimizer: str = "adam", dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Any, Any, Any]:
+    """`(case, step, state)` for a row of the corpus."""
+    case, tx = MODELS[model], OPTIMIZERS[optimizer]()
+    module = case.model(dtype)
+    return case, ft.train_step(module, case.loss_fn, tx), ft.init(module, tx, seed=seed)
