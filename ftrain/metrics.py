@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 from . import tree
 from .errors import MetricError, explain
 
@@ -241,7 +240,8 @@ class Last(Metric):
     def merge(self, other: Self) -> Self:
         if isinstance(other.seen, Tensor):
             return type(self)(
-                torch.where(other.seen > 0, other.value, self.value), torch.maximum(other.seen, _like(self.seen, other.seen))
+                torch.where(other.seen > 0, other.value, self.value),
+                torch.maximum(other.seen, _like(self.seen, other.seen)),
             )
         return other if other.seen else self
 
@@ -354,7 +354,9 @@ def _flatten(found: object, prefix: str, weight: Tensor | float | None, what: st
             _flatten(value, f"{name}/", weight, what, into)
             continue
         if name in into:
-            raise MetricError(explain(f"{what} contain the name {name!r} twice, once the nested names are joined with '/'."))
+            raise MetricError(
+                explain(f"{what} contain the name {name!r} twice, once the nested names are joined with '/'.")
+            )
         into[name] = _monoid(value, name, weight, what)
 
 

@@ -40,6 +40,8 @@ __all__ = [
     "uniform",
 ]
 
+_numpy: Any = np.random  # its stubs lack the two functions that swap the global generator
+
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
@@ -322,9 +324,9 @@ class Isolated:
         self._outer: tuple[Any, Any, Any] | None = None
 
     def _swap(self, to: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        was = (torch.default_generator.get_state(), np.random.get_bit_generator(), random.getstate())
+        was = (torch.default_generator.get_state(), _numpy.get_bit_generator(), random.getstate())
         torch.default_generator.set_state(to[0])
-        np.random.set_bit_generator(to[1])
+        _numpy.set_bit_generator(to[1])
         random.setstate(to[2])
         return was
 

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from . import tree
+from . import rng, tree
 from .errors import DeviceError, DonatedStateError, ModelError, StateError, explain
 from .types import Transform
 
-__all__ = ["Counters", "TrainState", "check_device", "check_materialised", "check_state", "init"]
+__all__ = ["Counters", "TrainState", "check_device", "check_materialised", "check_state", "check_transform", "init"]
 
 Trainable = str | Iterable[str] | Callable[[str, nn.Parameter], bool]
 
@@ -138,6 +138,18 @@ class TrainState:
             new.__dict__["_host"] = host._replace(step=host.step + 1, samples=host.samples + samples)
         return new
 
+    def next_epoch(self) -> TrainState:
+        """`replace`, one epoch further; the host's copy of the counters is carried along.
+
+        >>> import torch, ftrain as ft
+        >>> ft.init(torch.nn.Linear(3, 2), ft.optim.sgd(0.1)).next_epoch().epoch
+        tensor(1)
+        """
+        new = dataclasses.replace(self, epoch=self.epoch + 1)
+        if self._host is not None:
+            new.__dict__["_host"] = self._host._replace(epoch=self._host.epoch + 1)
+        return new
+
     def counters(self) -> Counters:
         """The counters as integers: one transfer from the device, or none where the host knows them already.
 
@@ -169,6 +181,13 @@ class TrainState:
             new.__dict__["_host"] = self._host
         return new
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _FIELDS}
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        self.__dict__.update(fields)
+        self.__post_init__()
+
     def __repr__(self) -> str:
         if "_donated_at" in self.__dict__:
             return f"TrainState(donated at step {self.__dict__['_donated_at']})"
@@ -196,9 +215,7 @@ def _inventory(tensors: list[Tensor]) -> str:
     text = f"{size} B" if unit == 0 else f"{shown:.1f} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors})
     plural = "" if len(tensors) == 1 else "s"
-    return (
-        f"{len(tensors)} tensor{plural}, {numbers} number{'' if numbers == 1 else 's'}, {text} ({', '.join(dtypes)})"
-    )
+    return f"{len(tensors)} tensor{plural}, {numbers} number{'' if numbers == 1 else 's'}, {text} ({', '.join(dtypes)})"
 
 
 def _donated(what: str, step: int | str) -> DonatedStateError:
@@ -266,7 +283,9 @@ def check_device(device: torch.device, what: str) -> torch.device:
     """
     if device.type in ("cpu", "cuda", "meta"):
         return device
-    note = "MPS has no float64 and no int64 reductions, which counters and metrics need" if device.type == "mps" else None
+    note = (
+        "MPS has no float64 and no int64 reductions, which counters and metrics need" if device.type == "mps" else None
+    )
     raise DeviceError(
         explain(
             f"{what}: the device {str(device)!r} is not supported.",
@@ -293,6 +312,26 @@ def check_materialised(model: nn.Module, what: str) -> None:
                 f"{what}: the model has lazy parameters that have no shape yet.",
                 where=f"model.{lazy[0]}" + (f" and {len(lazy) - 1} more" if len(lazy) > 1 else ""),
                 fix="model(example_input)   # once, before ft.init",
+            )
+        )
+
+
+def check_transform(tx: object, what: str) -> None:
+    """Raise unless `tx` is an optimizer.
+
+    >>> import ftrain as ft
+    >>> from ftrain.state import check_transform
+    >>> check_transform(ft.optim.sgd(0.1), "ft.init")
+    """
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        torch_own = isinstance(tx, torch.optim.Optimizer)
+        raise ModelError(
+            explain(
+                f"{what} wants an optimizer (a Transform).",
+                expected="Transform(init, update)",
+                got=type(tx).__name__,
+                cause="a torch.optim optimizer holds state of its own" if torch_own else None,
+                fix="tx = ft.optim.adamw(3e-4)",
             )
         )
 
@@ -337,16 +376,9 @@ def init(
                 fix="state = ft.init(model, tx, seed=0)",
             )
         )
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise ModelError(
-            explain(
-                "ft.init wants an optimizer (a Transform) as its second argument.",
-                expected="Transform(init, update)",
-                got=type(tx).__name__,
-                cause="a torch.optim optimizer holds state of its own" if isinstance(tx, torch.optim.Optimizer) else None,
-                fix="tx = ft.optim.adamw(3e-4); state = ft.init(model, tx)",
-            )
-        )
+    check_transform(tx, "ft.init")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ModelError(explain(f"ft.init: seed={seed!r} is no seed.", expected="an integer", got=type(seed).__name__))
     check_materialised(model, "ft.init")
     named = dict(model.named_parameters())
     buffers = dict(model.named_buffers())
@@ -372,14 +404,25 @@ def init(
         step=count(0),
         epoch=count(0),
         samples=count(0),
-        seed=count(seed),
+        seed=rng.key(seed, where),
         extra={},
     )
 
 
 def _placement(device: torch.device | str | None, named: dict[str, Tensor]) -> torch.device:
     if device is not None:
-        where = check_device(torch.device(device), "ft.init")
+        try:
+            where = check_device(torch.device(device), "ft.init")
+        except (RuntimeError, TypeError) as error:
+            raise DeviceError(
+                explain(f"ft.init: {device!r} is no device.", expected="cpu or cuda", cause=str(error).splitlines()[0])
+            ) from None
+        if where.type == "cuda" and not torch.cuda.is_available():
+            raise DeviceError(
+                explain(
+                    "ft.init: this machine (or this build of torch) has no CUDA.", got=repr(device), fix='device="cpu"'
+                )
+            )
         if where.type == "cuda" and where.index is None:
             where = torch.device("cuda", torch.cuda.current_device())
         return where
@@ -402,6 +445,14 @@ def _choose(named: dict[str, nn.Parameter], trainable: Trainable | None) -> set[
     free = {name for name, p in named.items() if p.requires_grad}
     if trainable is None:
         return free
+    if not isinstance(trainable, (str, Iterable)) and not callable(trainable):
+        raise ModelError(
+            explain(
+                f"ft.init: trainable={trainable!r} makes no sense.",
+                expected="a path pattern, several, or a predicate (path, parameter) -> bool",
+                fix='trainable="head.*"',
+            )
+        )
     if callable(trainable):
         return {name for name in free if trainable(name, named[name])}
     patterns = [trainable] if isinstance(trainable, str) else list(trainable)

@@ -58,13 +58,11 @@ def register(*fields: str) -> Callable[[C], C]:
         def flatten(obj: Any) -> tuple[tuple[Any, ...], None, tuple[str, ...]]:
             return tuple([getattr(obj, name) for name in fields]), None, fields
 
-        def unflatten_(_: None, children: Iterable[Any]) -> Any:
+        def unflatten_(_: Any, children: Iterable[Any]) -> Any:
             return cls(*children)
 
         _fields[cls] = fields
-        optree.register_pytree_node(
-            cls, flatten, unflatten_, path_entry_type=optree.GetAttrEntry, namespace=NAMESPACE
-        )
+        optree.register_pytree_node(cls, flatten, unflatten_, path_entry_type=optree.GetAttrEntry, namespace=NAMESPACE)
         return cls
 
     return decorate

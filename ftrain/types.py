@@ -44,6 +44,7 @@ Params = dict[str, Tensor]
 Batch = Any
 Metrics = Mapping[str, Metric]
 S = TypeVar("S")
+S_contra = TypeVar("S_contra", contravariant=True)
 
 
 class InitFn(Protocol):
@@ -132,13 +133,13 @@ class Step(Protocol[S]):
     def __call__(self, state: S, batch: Batch, /) -> tuple[S, Metrics]: ...
 
 
-class EvalStep(Protocol[S]):
+class EvalStep(Protocol[S_contra]):
     """`(state, batch) -> metrics`, made by `ftrain.eval_step`; the state is only read."""
 
-    def __call__(self, state: S, batch: Batch, /) -> Metrics: ...
+    def __call__(self, state: S_contra, batch: Batch, /) -> Metrics: ...
 
 
-class Hook(Protocol[S]):
+class Hook(Protocol[S_contra]):
     """`(state, event) -> state`, or `Outcome(state, metrics, stop)`; called between steps, on the host."""
 
-    def __call__(self, state: S, event: Any, /) -> Any: ...
+    def __call__(self, state: S_contra, event: Any, /) -> Any: ...

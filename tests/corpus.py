@@ -50,7 +50,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width, 2, dropout)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.Dropout(dropout))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.Dropout(dropout)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -189,7 +191,9 @@ OPTIMIZERS: dict[str, Callable[[], ft.Transform]] = {
 }
 
 
-def setup(model: str, optimizer: str = "adam", dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Any, Any, Any]:
+def setup(
+    model: str, optimizer: str = "adam", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Any, Any, Any]:
     """`(case, step, state)` for a row of the corpus."""
     case, tx = MODELS[model], OPTIMIZERS[optimizer]()
     module = case.model(dtype)

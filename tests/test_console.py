@@ -649,9 +649,10 @@ import signal, threading, warnings
         print("worker")
         sys.stdout.flush()
         os._exit(0)
-    assert os.waitpid(pid, 0)[1] == 0
+    status = os.waitpid(pid, 0)[1]
     done.set()
     thread.join()
+    assert status == 0
 """
 
 

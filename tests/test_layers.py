@@ -49,7 +49,7 @@ SYNC_FILES = {
 
 NOT_IN_PLACE = {"requires_grad_"}  # changes what is recorded, not the values
 # Files other than steps/compile.py with a marked mutation, and what they write to.
-MUTATES_FILES: dict[str, str] = {}
+MUTATES_FILES: dict[str, str] = {"steps/donation.py": "donation outside of a graph: the eager rungs"}
 
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 

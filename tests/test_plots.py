@@ -43,6 +43,9 @@ def of(*values):
 def test_one_panel_per_metric_training_and_evaluators_together():
     figure = history().plot()
     assert isinstance(figure, Figure)
+    assert (
+        len({axes.get_xlim() for axes in figure.axes}) == 1
+    )  # so that panels can be compared, though val begins later
     assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "lr", "accuracy"]  # no confusion: it is no number
     loss, lr, accuracy = map(lines, figure.axes)
     assert list(loss) == ["train", "val", "test"]
@@ -60,6 +63,13 @@ def test_legend_markers_and_colours():
     assert {name: line.get_marker() for name, line in lines(loss).items()} == {"train": "None", "val": "o", "test": "o"}
     assert len({line.get_color() for line in lines(loss).values()}) == 3
     assert lines(accuracy)["val"].get_color() == lines(loss)["val"].get_color()
+
+
+def test_training_comes_first_though_an_evaluation_was_recorded_first():
+    records = [Record(0, 0, 0, 0, "val", {"loss": 2.0}), Record(1, 0, 1, 1, "train", {"loss": 1.0})]
+    found = lines(curves(records).axes[0])
+    assert list(found) == ["train", "val"]
+    assert [line.get_color() for line in found.values()] == ["C0", "C1"]
 
 
 @pytest.mark.parametrize("names", [("lr", "loss"), ("lr", "loss", "lr")], ids=str)
@@ -93,6 +103,8 @@ def test_epochs_of_a_resumed_run_and_of_one_that_just_began():
     np.testing.assert_allclose(lines(curves(late, x="epoch").axes[0])["train"].get_xdata(), [5, 5.5, 6, 6.5])
     early = [Record(step, 0, 0, 0, "train", {"loss": 1}) for step in (1, 2)]
     np.testing.assert_allclose(lines(curves(early, x="epoch").axes[0])["train"].get_xdata(), [0, 0])
+    empty = [Record(4, 1, 0, 0, "train", {"loss": 1}), Record(4, 2, 0, 0, "train", {"loss": 1})]  # an epoch of no steps
+    np.testing.assert_allclose(lines(curves(empty, x="epoch").axes[0])["train"].get_xdata(), [1, 1])
     back = [*late, Record(52, 5, 0, 0, "train", {"loss": 1})]  # rolled back
     np.testing.assert_allclose(lines(curves(back, x="epoch").axes[0])["train"].get_xdata(), [5, 5.5, 6, 6.5, 5.2])
 

@@ -3,3 +3,4 @@
 from .batches import to_device as to_device
 from .epochs import Epochs as Epochs
 from .epochs import as_epochs as as_epochs
+from .epochs import close_iterator as close_iterator

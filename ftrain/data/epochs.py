@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import rng, tree
 from ..errors import DataError, explain
 
-__all__ = ["Epochs", "as_epochs"]
+__all__ = ["Epochs", "as_epochs", "close_iterator"]
 
 
 class Epochs:
@@ -37,6 +37,18 @@ class Epochs:
 
     def __call__(self, epoch: int) -> Iterator[Any]:
         return self._make(epoch)
+
+    def check(self, what: str) -> None:
+        """Raise where it is known beforehand that there are no batches."""
+        if self.length == 0:
+            raise DataError(
+                explain(
+                    f"{what}: the data has no batches.",
+                    expected="at least one batch",
+                    got="length 0",
+                    cause="an empty dataset, or a loader with drop_last=True and fewer samples than a batch",
+                )
+            )
 
 
 def as_epochs(
@@ -65,7 +77,7 @@ def as_epochs(
         return data
     if batch_size is not None:
         return _arrays(data, batch_size, seed, shuffle, what)
-    if isinstance(data, (list, tuple)) and not isinstance(data, (str, bytes)):
+    if isinstance(data, (list, tuple)):
         batches = data
         return Epochs(lambda epoch: iter(batches), len(batches))
     if isinstance(data, (Mapping, Tensor, np.ndarray)):
@@ -78,16 +90,25 @@ def as_epochs(
         )
     if callable(data) and not isinstance(data, Iterable):
         return Epochs(lambda epoch: _isolated(lambda: data(epoch), seed, epoch, what), None)
-    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+    if not isinstance(data, Iterable) or isinstance(data, (str, bytes, torch.utils.data.Dataset)):
+        dataset = isinstance(data, torch.utils.data.Dataset)
         raise DataError(
             explain(
-                f"{what}: the data cannot be iterated.",
+                f"{what}: the data cannot be iterated in batches.",
                 expected="an iterable of batches, a DataLoader, a function epoch -> iterable, or arrays with batch_size=",
                 got=type(data).__name__,
+                fix="torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True)" if dataset else None,
             )
         )
     once = isinstance(data, Iterator)
     return Epochs(lambda epoch: _isolated(lambda: data, seed, epoch, what), None if once else _length(data), once)
+
+
+def close_iterator(iterator: Iterator[Any]) -> None:
+    """Close an iterator that can be closed (a generator), so that its `finally` runs now."""
+    close = getattr(iterator, "close", None)
+    if close is not None:
+        close()
 
 
 def _length(data: Any) -> int | None:
@@ -108,7 +129,11 @@ def _isolated(make: Callable[[], Any], seed: int, epoch: int, what: str) -> Iter
         found = make()
         if not isinstance(found, Iterable):
             raise DataError(
-                explain(f"{what}: the data function returned no iterable.", got=tree.describe(found), fix="return an iterable")
+                explain(
+                    f"{what}: the data function returned no iterable.",
+                    got=tree.describe(found),
+                    fix="return an iterable",
+                )
             )
         iterator = iter(found)
     try:
@@ -121,27 +146,39 @@ def _isolated(make: Callable[[], Any], seed: int, epoch: int, what: str) -> Iter
             yield batch
     finally:
         # A generator is closed by us only where it is ours: one that the user passed can be resumed by him.
-        close = getattr(iterator, "close", None)
-        if close is not None and iterator is not found:
+        if iterator is not found:
             with streams:
-                close()
+                close_iterator(iterator)
         del iterator  # a DataLoader's workers end with its iterator
 
 
 def _arrays(data: Any, batch_size: int, seed: int, shuffle: bool, what: str) -> Epochs:
     leaves = tree.leaves(data)
     if isinstance(data, torch.utils.data.DataLoader) or not leaves:
-        raise DataError(explain(f"{what}: batch_size= goes with arrays.", got=type(data).__name__, fix="leave out batch_size="))
+        raise DataError(
+            explain(f"{what}: batch_size= goes with arrays.", got=type(data).__name__, fix="leave out batch_size=")
+        )
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise DataError(explain(f"{what}: batch_size={batch_size!r} is not a number of samples.", expected="an integer >= 1"))
+        raise DataError(
+            explain(f"{what}: batch_size={batch_size!r} is not a number of samples.", expected="an integer >= 1")
+        )
+    if isinstance(data, (list, tuple)) and not all(isinstance(one, (Tensor, np.ndarray)) for one in data):
+        raise DataError(
+            explain(
+                f"{what}: batch_size= goes with arrays, but this is a list of {tree.describe(data[0])}.",
+                expected="a tuple or dict of arrays of equal length",
+                fix="leave out batch_size= where the data is a list of batches",
+            )
+        )
     sizes: dict[str, int] = {}
     for path, leaf in tree.items(data, root="data"):
-        if not isinstance(leaf, (Tensor, np.ndarray)) or leaf.ndim == 0:
+        odd = isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "biufc"
+        if not isinstance(leaf, (Tensor, np.ndarray)) or leaf.ndim == 0 or odd:
             raise DataError(
                 explain(
                     f"{what}: batch_size= goes with arrays.",
                     where=path,
-                    expected="a tensor or numpy array with at least one dimension",
+                    expected="a tensor or numeric numpy array with at least one dimension",
                     got=tree.describe(leaf),
                     fix="leave out batch_size= where the data is an iterable of batches",
                 )
@@ -152,7 +189,10 @@ def _arrays(data: Any, batch_size: int, seed: int, shuffle: bool, what: str) -> 
         if size != n:
             raise DataError(
                 explain(
-                    f"{what}: the arrays differ in length.", where=path, expected=f"{n} samples, as {next(iter(sizes))}", got=f"{size}"
+                    f"{what}: the arrays differ in length.",
+                    where=path,
+                    expected=f"{n} samples, as {next(iter(sizes))}",
+                    got=f"{size}",
                 )
             )
     arrays = tree.map(_tensor, data)
@@ -176,7 +216,9 @@ def _order(n: int, seed: int, epoch: int) -> Tensor:
 
 def _slices(arrays: Any, n: int, batch_size: int, order: Tensor | None) -> Iterator[Any]:
     leaves, structure = tree.leaves(arrays), tree.structure(arrays)
-    orders: dict[torch.device, Tensor] = {} if order is None else {leaf.device: order.to(leaf.device) for leaf in leaves}
+    orders: dict[torch.device, Tensor] = (
+        {} if order is None else {leaf.device: order.to(leaf.device) for leaf in leaves}
+    )
     for start in range(0, n, batch_size):
         stop = min(start + batch_size, n)
         if order is None:
@@ -184,4 +226,3 @@ def _slices(arrays: Any, n: int, batch_size: int, order: Tensor | None) -> Itera
         else:
             rows = [leaf.index_select(0, orders[leaf.device][start:stop]) for leaf in leaves]
         yield tree.unflatten(structure, rows)
-

@@ -1,4 +1,4 @@
-"""The loop as a generator, and what consumes it: fit, evaluate, predict. (Not `loop`: `ftrain.loop` is the function.)"""
+"""The loop as a generator, and what consumes it: fit, evaluate, predict (not named `loop`: that is the function)."""
 
 from .evaluate import Evaluator as Evaluator
 from .evaluate import evaluate as evaluate

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 
 from .. import rng
-from ..data import Epochs, as_epochs, to_device
-from ..errors import DataError, LimitError, MetricError, explain
+from ..data import Epochs, as_epochs, close_iterator, to_device
+from ..errors import DataError, LimitError, MetricError, StateError, explain
 from ..metrics import normalise
 from ..state import TrainState, check_state
 from ..steps.compile import CompiledStep
@@ -32,7 +32,9 @@ Compile = bool | Literal["auto"] | str
 _KEPT = "_ftrain_compiled"
 
 
-def prepare(step: Callable[..., Any], compile: Compile, *, donate: bool, backend: str | Callable[..., Any] = "inductor") -> CompiledStep:
+def prepare(
+    step: Callable[..., Any], compile: Compile, *, donate: bool, backend: str | Callable[..., Any] = "inductor"
+) -> CompiledStep:
     """The compiled form of a step, made once for each step and way of compiling.
 
     Args:
@@ -43,15 +45,33 @@ def prepare(step: Callable[..., Any], compile: Compile, *, donate: bool, backend
     """
     if isinstance(step, CompiledStep):
         return step
-    rungs = {"auto": "auto", True: "step", False: "eager"}
-    if compile not in rungs:
+    if not (isinstance(compile, bool) or compile == "auto"):
         raise LimitError(explain(f"compile={compile!r} makes no sense.", expected='"auto", True or False'))
-    rung: Any = rungs[compile]
+    check_step_fn(step)
+    rung: Any = "auto" if compile == "auto" else ("step" if compile else "eager")
     kept: dict[Any, CompiledStep] = getattr(step, "__dict__", {}).setdefault(_KEPT, {})
     key = (rung, donate, backend)
-    if key not in kept:
+    # Compared, since the dict may be another's: methods of one class share it, and functools.wraps copies it.
+    if key not in kept or kept[key].step != step:
         kept[key] = compile_step(step, donate=donate, rung=rung, backend=backend)
     return kept[key]
+
+
+def check_step_fn(step: object) -> None:
+    """Raise unless something can be called as a step."""
+    if isinstance(step, torch.nn.Module):
+        raise StateError(
+            explain(
+                "a module stands where a step is needed.",
+                expected="(state, batch) -> ...",
+                got=type(step).__name__,
+                fix="ft.train_step(model, loss_fn, tx), ft.eval_step(model, metric_fn) or ft.predict_step(model)",
+            )
+        )
+    if not callable(step):
+        raise StateError(
+            explain("this is no step.", expected="a function (state, batch) -> ...", got=type(step).__name__)
+        )
 
 
 @dataclass(frozen=True)
@@ -110,19 +130,26 @@ def evaluate(
     """
     check_state(state, "ft.evaluate")
     source = as_epochs(data, seed=state.counters().seed, batch_size=batch_size, what="ft.evaluate")
+    source.check("ft.evaluate")
     return run(state, prepare(eval_step, compile, donate=False, backend=backend), source)
 
 
 def run(state: TrainState, step: CompiledStep, source: Epochs, name: str = "ft.evaluate") -> dict[str, Any]:
     """Evaluate over one pass of prepared data."""
     meter = Meter()
-    for out in _outputs(state, step, source, name):
-        if isinstance(out, tuple):
-            raise MetricError(
-                explain(f"{name}: the step returned a tuple, not metrics.", fix="ft.eval_step(model, metric_fn), not a train step")
-            )
-        meter.add(normalise(out, None, "the metrics that the evaluation step returned"))
-    return meter.fetch()
+    counters = state.counters()
+    # Whatever a metric draws from numpy or random is a function of the state too, and disturbs nobody else's stream.
+    with rng.Isolated(rng.fold_in_host(counters.seed, counters.step, 0xE7A1)):
+        for out in _outputs(state, step, source, name):
+            if isinstance(out, tuple):
+                raise MetricError(
+                    explain(
+                        f"{name}: the step returned a tuple, not metrics.",
+                        fix="ft.eval_step(model, metric_fn), not a train step",
+                    )
+                )
+            meter.add(normalise(out, None, "the metrics that the evaluation step returned"))
+        return meter.fetch()
 
 
 def predict(
@@ -159,6 +186,7 @@ def predict(
     """
     check_state(state, "ft.predict")
     source = as_epochs(data, seed=state.counters().seed, batch_size=batch_size, what="ft.predict")
+    source.check("ft.predict")
     return _outputs(state, prepare(predict_step, compile, donate=False, backend=backend), source, "ft.predict")
 
 
@@ -173,8 +201,6 @@ def _outputs(state: TrainState, step: CompiledStep, source: Epochs, name: str) -
             own.__dict__["_host"] = counters._replace(seed=seed)
             yield step(own, to_device(raw, state.device))
     finally:
-        close = getattr(batches, "close", None)
-        if close is not None:
-            close()
+        close_iterator(batches)
     if count == 0:
         raise DataError(explain(f"{name}: the data has no batches.", expected="at least one batch"))

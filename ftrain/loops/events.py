@@ -123,7 +123,9 @@ class Hooks:
                 )
             name = inner.name if isinstance(inner, Hook) else getattr(inner, "__name__", repr(inner))
             if isinstance(inner, Hook) and name in names:
-                raise HookError(explain(f"two hooks with memory have the name {name!r}.", fix="give each a name of its own"))
+                raise HookError(
+                    explain(f"two hooks with memory have the name {name!r}.", fix="give each a name of its own")
+                )
             names.add(name)
             self._hooks.append((name, when, inner))
         self._before: Clock | None = None
@@ -157,7 +159,11 @@ class Hooks:
             for key, value in (found or {}).items():
                 if not isinstance(value, (int, float)):
                     raise MetricError(
-                        explain(f"the hook {name!r} returned a metric that is not a number.", where=key, got=tree.describe(value))
+                        explain(
+                            f"the hook {name!r} returned a metric that is not a number.",
+                            where=key,
+                            got=tree.describe(value),
+                        )
                     )
                 metrics[key] = float(value)
             stop = stop or why
@@ -182,7 +188,9 @@ class Hooks:
                 )
             )
         found = _read(name, out[0], state, event)
-        tree.check_same(memory, out[1], root=f"state.extra[{name!r}]", what=f"the hook {name!r} changed the form of its memory.")
+        tree.check_same(
+            memory, out[1], root=f"state.extra[{name!r}]", what=f"the hook {name!r} changed the form of its memory."
+        )
         return found._replace(state=found.state.replace(extra={**found.state.extra, name: out[1]}))
 
 
@@ -207,4 +215,3 @@ def _read(name: str, out: Any, state: TrainState, event: Event) -> Outcome:
             fix="return state.replace(params=...)",
         )
     return outcome
-

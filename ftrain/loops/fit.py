@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .. import rng
 from ..data import Epochs, as_epochs
-from ..errors import DataError, LossError, StateError, explain
+from ..errors import DataError, LimitError, LossError, explain
 from ..sinks import History, Progress, Record, console
 from ..state import TrainState, check_state
 from .evaluate import Compile, Evaluator, prepare, run
-from .events import Event, Hooks
+from .events import Event, Hook, Hooks
 from .limits import Limits
 from .loop import Tick, loop
 from .meter import Meter
@@ -103,10 +104,10 @@ def fit(
     ('epochs', 120, True)
     """
     check_state(state, "ft.fit")
-    if not callable(step):
-        raise StateError(explain("ft.fit wants a step as its second argument.", expected="a function", got=type(step).__name__))
+    _check_arguments(evals, hooks, sinks, log, progress)
     seed = state.counters().seed
     source = as_epochs(data, seed=seed, batch_size=batch_size, shuffle=shuffle, what="ft.fit")
+    source.check("ft.fit")
     limits = Limits.of(epochs, steps, until, source, "ft.fit")
     called = Hooks(hooks)
     evaluators = _evaluators(evals or {}, seed, compile, backend)
@@ -116,7 +117,9 @@ def fit(
     session = _Session(log or every(steps=50), evaluators, called, sinks, shown)
     status = "error"
     try:
-        state, status = session.drive(state, compiled, source, limits)
+        # What hooks, sinks and careless steps draw from numpy or random is a function of the state, and does not outlive the call.
+        with rng.Isolated(rng.fold_in_host(seed, state.counters().step, 0xF17)):
+            state, status = session.drive(state, compiled, source, limits)
         return Result(state, History(session.records), status)
     except BaseException as error:
         session.note(error)
@@ -183,9 +186,10 @@ class _Session:
                     break
             if show is not None and time.perf_counter() >= refresh:
                 now = time.perf_counter()
-                show.refresh(tick.step, tick.epoch, tick.samples, now - self.began)
+                show.refresh(tick.step, self.epochs(tick), tick.samples, now - self.began)
                 refresh = now + show.interval
-        assert self.tick is not None and reason is not None, "a loop gives a tick or raises"
+        assert self.tick is not None, "a loop gives a tick or raises"
+        assert reason is not None, "a loop says why it ended"
         outcome = self.hooks(state, self.event("end", self.tick, self.clock(self.tick), reason=reason))
         self.extra |= outcome.metrics or {}
         self.record(self.tick)
@@ -199,7 +203,7 @@ class _Session:
             state, stop = self.happens(state, self.event(kind, tick, now, metrics=tick.metrics))
         due = [(name, *rest) for name, (*rest, cadence) in self.evaluators.items() if cadence.fires(before, now)]
         if due and self.progress is not None and before is not None:
-            self.progress.refresh(tick.step, tick.epoch, tick.samples, now.seconds)
+            self.progress.refresh(tick.step, self.epochs(tick), tick.samples, now.seconds)
         results: list[Record] = []
         for name, step, source in due:
             metrics = run(state, step, source, f"the evaluator {name!r}")
@@ -287,10 +291,26 @@ class _Session:
             if close is not None:
                 try:
                     close(status)
-                except Exception as error:  # noqa: BLE001 - raised below, once all are closed
+                except Exception as error:  # raised below, once all are closed
                     failures.append(error)
         if failures and status != "error":
             raise failures[0]
+
+
+def _check_arguments(evals: object, hooks: object, sinks: object, log: object, progress: object) -> None:
+    def refuse(name: str, value: object, expected: str, fix: str) -> None:
+        raise LimitError(explain(f"ft.fit: {name}= makes no sense.", expected=expected, got=repr(value), fix=fix))
+
+    if evals is not None and not isinstance(evals, Mapping):
+        refuse("evals", evals, "a dict of evaluators by name", 'evals={"val": ft.Evaluator(step, data)}')
+    if not isinstance(hooks, Sequence) or isinstance(hooks, Hook):
+        refuse("hooks", hooks, "a list of hooks", "hooks=[hook]")
+    if not isinstance(sinks, Sequence) or not all(callable(sink) for sink in sinks):
+        refuse("sinks", sinks, "a list of functions of a record", "sinks=[print]")
+    if log is not None and not isinstance(log, Cadence):
+        refuse("log", log, "ft.every(...)", "log=ft.every(steps=10)")
+    if not isinstance(progress, bool) and not all(hasattr(progress, name) for name in ("refresh", "record", "close")):
+        refuse("progress", progress, "True, False, or what ft.sinks.console gives", "progress=False")
 
 
 def _evaluators(
@@ -308,10 +328,17 @@ def _evaluators(
                 )
             )
         if name == "train" or "/" in name:
-            raise DataError(explain(f"ft.fit: an evaluator cannot be called {name!r}.", expected='a name without "/", not "train"'))
+            raise DataError(
+                explain(f"ft.fit: an evaluator cannot be called {name!r}.", expected='a name without "/", not "train"')
+            )
         if not isinstance(one.every, Cadence):
-            raise DataError(explain(f"ft.fit: evals[{name!r}].every is no cadence.", expected="ft.every(epochs=1)", got=repr(one.every)))
+            raise DataError(
+                explain(
+                    f"ft.fit: evals[{name!r}].every is no cadence.", expected="ft.every(epochs=1)", got=repr(one.every)
+                )
+            )
         source = as_epochs(one.data, seed=seed, batch_size=one.batch_size, what=f"the evaluator {name!r}")
+        source.check(f"the evaluator {name!r}")
         if source.once:
             raise DataError(
                 explain(

@@ -65,12 +65,12 @@ class Limits(NamedTuple):
             )
         return cls(epochs, steps, until)
 
-    def reached(self, now: Clock) -> str | None:
-        """Which limit is reached, or None."""
+    def reached(self, before: Clock, now: Clock) -> str | None:
+        """Which limit is reached between two clocks, or None."""
         if self.steps is not None and now.steps >= self.steps:
             return "steps"
         if self.epochs is not None and now.epochs >= self.epochs:
             return "epochs"
-        if self.until is not None and self.until.fires(None, now):
+        if self.until is not None and self.until.fires(before, now):
             return "until"
         return None

@@ -14,14 +14,14 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
-from ..data import Epochs, as_epochs, to_device
+from .. import tree
+from ..data import Epochs, as_epochs, close_iterator, to_device
 from ..errors import DataError, StateError, explain
 from ..metrics import normalise
 from ..state import Counters, TrainState, check_state
 from ..steps.bind import batch_size as count_samples
 from ..steps.compile import CompiledStep
 from ..steps.train import TrainStep, seeded_by
-from .. import tree
 from ..types import Metrics
 from .limits import Limits
 from .units import Cadence, Clock
@@ -98,73 +98,78 @@ def loop(
     """
     check_state(state, "ft.loop")
     if not callable(step):
-        raise StateError(explain("ft.loop wants a step as its second argument.", expected="a function", got=type(step).__name__))
+        raise StateError(
+            explain("ft.loop wants a step as its second argument.", expected="a function", got=type(step).__name__)
+        )
     begin = state.counters()
     source = as_epochs(data, seed=begin.seed, batch_size=batch_size, shuffle=shuffle, what="ft.loop")
+    source.check("ft.loop")
     endless = epochs is None and steps is None and until is None and source.length is None
     # A for loop can be left at any time, so data without a length is no error here, as it is for fit.
     limits = Limits(1, None, None) if endless else Limits.of(epochs, steps, until, source, "ft.loop")
-    return _run(state, step, source, limits, begin, epoch_ends)
+    return _run(state, step, source, limits, begin, epoch_ends=epoch_ends)
 
 
 def _run(
-    state: TrainState, step: Callable[..., Any], source: Epochs, limits: Limits, begin: Counters, epoch_ends: bool
+    state: TrainState, step: Callable[..., Any], source: Epochs, limits: Limits, begin: Counters, *, epoch_ends: bool
 ) -> Ticks:
     call = step if isinstance(step, (CompiledStep, TrainStep)) else _seeded(step)
     device = state.device
     started = time.perf_counter()
-    taken = samples = 0
-    done = 0  # epochs completed in this run
-    checked = False
+    taken = samples = done = 0  # steps, samples and completed epochs of this run
+    now = Clock()
+    like: Any = tree.map(_shell, state)
     while True:
         epoch = begin.epoch + done
         batches = source(epoch)
+        position = -1
         try:
-            position = -1
             for position, raw in enumerate(batches):
                 batch = to_device(raw, device)
                 size = count_samples(batch)
-                like = None if checked else tree.map(_shell, state)
                 state, metrics = _result(call(state, batch))
-                if like is not None:
+                if taken == 0:
                     _check(like, state)
-                    checked = True
                 taken += 1
                 samples += size
                 tick = Tick(state, metrics, begin.step + taken, epoch, begin.samples + samples, position)
-                sent = yield tick
-                while sent is not None:
-                    state = _sent(sent, state)
-                    tick.state = state
-                    sent = yield tick
+                state = yield from _give(tick)
                 if position + 1 == source.length:
                     continue  # the last batch: the epoch is completed first, then the limits are looked at
                 if limits.steps is not None and taken >= limits.steps:
                     return "steps"
                 if limits.until is not None:
-                    now = Clock(taken, done, samples, time.perf_counter() - started)
-                    if limits.until.fires(None, now):
+                    before, now = now, _clock(taken, done, samples, started)
+                    if limits.until.fires(before, now):
                         return "until"
         finally:
-            close = getattr(batches, "close", None)
-            if close is not None:
-                close()
+            close_iterator(batches)
         if position < 0:
             raise DataError(_empty(epoch, done, source))
         done += 1
-        state = state.replace(epoch=state.epoch + 1)
+        state = state.next_epoch()
         if epoch_ends:
             tick = Tick(state, {}, begin.step + taken, epoch, begin.samples + samples, position, end=True)
-            sent = yield tick
-            while sent is not None:
-                state = _sent(sent, state)
-                tick.state = state
-                sent = yield tick
-        reached = limits.reached(Clock(taken, done, samples, time.perf_counter() - started))
+            state = yield from _give(tick)
+        before, now = now, _clock(taken, done, samples, started)
+        reached = limits.reached(before, now)
         if reached is not None:
             return reached
         if source.once:
             return "data"
+
+
+def _give(tick: Tick) -> Generator[Tick, TrainState | None, TrainState]:
+    """Yield a tick, again for each state that the consumer sends; gives the state with which to go on."""
+    sent = yield tick
+    while sent is not None:
+        tick.state = _sent(sent, tick.state)
+        sent = yield tick
+    return tick.state
+
+
+def _clock(taken: int, done: int, samples: int, started: float) -> Clock:
+    return Clock(taken, done, samples, time.perf_counter() - started)
 
 
 def _seeded(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -205,7 +210,11 @@ def _check(before: TrainState, after: TrainState) -> None:
 def _sent(sent: object, state: TrainState) -> TrainState:
     new = check_state(sent, "ticks.send")
     tree.check_same(
-        state, new, root="state", what="the state sent to the loop is not like the one it had.", fix="ticks.send(state.replace(...))"
+        state,
+        new,
+        root="state",
+        what="the state sent to the loop is not like the one it had.",
+        fix="ticks.send(state.replace(...))",
     )
     return new
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..metrics import Collect, Metric
 from ..steps.packed import Packed
 from ..tree import fields
-from ..metrics import Collect, Metric
 
 __all__ = ["Meter"]
 
@@ -113,7 +113,10 @@ class Meter:
         stacks: list[Tensor] = []
         group: list[Tensor] = []
         for column in zip(*run, strict=True):  # neighbouring columns of one dtype are stacked together
-            tensors = [v if isinstance(v, Tensor) else torch.tensor(float(v), dtype=torch.float64, device=device) for v in column]
+            tensors = [
+                v if isinstance(v, Tensor) else torch.tensor(float(v), dtype=torch.float64, device=device)
+                for v in column
+            ]
             if group and group[-1].dtype != tensors[0].dtype:
                 stacks.append(torch.stack(group))
                 group = []

@@ -68,7 +68,9 @@ class _Join(Cadence):
     def __post_init__(self) -> None:
         for side in (self.a, self.b):
             if not isinstance(side, Cadence):
-                raise TypeError(explain(f"cannot join a cadence and {side!r}.", expected="ft.every(...), ft.at(...), ft.until(...)"))
+                raise TypeError(
+                    explain(f"cannot join a cadence and {side!r}.", expected="ft.every(...), ft.at(...), ft.until(...)")
+                )
 
     def fires(self, before: Clock | None, now: Clock) -> bool:
         one, two = self.a.fires(before, now), self.b.fires(before, now)
@@ -89,7 +91,7 @@ class _Every(Cadence):
     def fires(self, before: Clock | None, now: Clock) -> bool:
         if before is None:
             return False
-        return math.floor(getattr(now, self.unit) / self.n) > math.floor(getattr(before, self.unit) / self.n)
+        return bool(getattr(now, self.unit) // self.n > getattr(before, self.unit) // self.n)
 
     def next_step(self, now: Clock) -> float:
         return _next(self.unit, (math.floor(now.steps / self.n) + 1) * self.n, now)

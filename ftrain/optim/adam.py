@@ -23,7 +23,7 @@ DecayMask = str | Iterable[str] | Callable[[str, Tensor], bool]
 class AdamState(NamedTuple):
     """`count`: int64 (), updates made, shared by all parameters; `mu`, `nu`: like the parameters."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, as in optax
     mu: Any
     nu: Any
 
@@ -64,7 +64,7 @@ def adam(
     return _adam(lr, b1, b2, eps, weight_decay, decoupled=False, mask=None)
 
 
-def adamw(
+def adamw(  # noqa: PLR0917 - optax's order of arguments, for those who pass them by place
     lr: float | Tensor | Schedule,
     b1: float | Tensor | Schedule = 0.9,
     b2: float | Tensor | Schedule = 0.999,
@@ -103,7 +103,9 @@ def adamw(
     return _adam(lr, b1, b2, eps, weight_decay, decoupled=True, mask=mask)
 
 
-def _adam(lr: Any, b1: Any, b2: Any, eps: Any, weight_decay: Any, *, decoupled: bool, mask: DecayMask | None) -> Transform:
+def _adam(
+    lr: Any, b1: Any, b2: Any, eps: Any, weight_decay: Any, *, decoupled: bool, mask: DecayMask | None
+) -> Transform:
     decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
 
     def init(params: Any, /) -> AdamState:

@@ -22,7 +22,8 @@ def global_norm(values: Any) -> Tensor:
     >>> ft.optim.global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
     tensor(5.)
     """
-    return torch.linalg.vector_norm(torch.stack(norms(tree.leaves(values))))
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms(tree.leaves(values))))
+    return total
 
 
 def clip_by_global_norm(max_norm: float | Tensor | Schedule) -> Transform:
@@ -51,7 +52,7 @@ def clip_by_global_norm(max_norm: float | Tensor | Schedule) -> Transform:
         return (new_count(params),) if scheduled else ()
 
     def update(grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]:
-        limit = value_at(max_norm, state[0]) if scheduled else max_norm
+        limit: Any = value_at(max_norm, state[0]) if scheduled else max_norm
         # scale: the one factor by which the whole gradient shrinks
         factor = (limit / (global_norm(grads) + 1e-6)).clamp(max=1.0)
         return over(lambda g: g * factor, grads), ((state[0] + 1,) if scheduled else ())

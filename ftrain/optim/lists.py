@@ -10,7 +10,7 @@ The other operand of an operator may be a number, a 0-d tensor (a scheduled or i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .. import tree
 __all__ = ["Leaves", "lerp", "norms", "over"]
 
 Operand = Any  # Leaves | float | 0-d Tensor
+_foreach: Any = torch  # the stubs of torch's list operations do not know all of their overloads
 
 
 class Leaves:
@@ -28,22 +29,25 @@ class Leaves:
 
     __slots__ = ("tensors",)
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: list[Tensor] | tuple[Tensor, ...]) -> None:
         self.tensors = tensors
 
     def __add__(self, other: Operand) -> Leaves:
-        return Leaves(torch._foreach_add(self.tensors, _values(other)))
+        if isinstance(other, Tensor):
+            # By its full name: the plain one takes a 0-d tensor for a number and reads it on the host (2.11, 2.13).
+            return Leaves(torch.ops.aten._foreach_add.Tensor(self.tensors, other))
+        return Leaves(_foreach._foreach_add(self.tensors, _values(other)))
 
     def __sub__(self, other: Operand) -> Leaves:
         if isinstance(other, Tensor):  # there is no _foreach_sub with a tensor
             return self + (-other)
-        return Leaves(torch._foreach_sub(self.tensors, _values(other)))
+        return Leaves(_foreach._foreach_sub(self.tensors, _values(other)))
 
     def __mul__(self, other: Operand) -> Leaves:
-        return Leaves(torch._foreach_mul(self.tensors, _values(other)))
+        return Leaves(_foreach._foreach_mul(self.tensors, _values(other)))
 
     def __truediv__(self, other: Operand) -> Leaves:
-        return Leaves(torch._foreach_div(self.tensors, _values(other)))
+        return Leaves(_foreach._foreach_div(self.tensors, _values(other)))
 
     def __neg__(self) -> Leaves:
         return Leaves(torch._foreach_neg(self.tensors))
@@ -62,7 +66,7 @@ def lerp(a: Any, b: Any, weight: Any) -> Any:
     tensor([0.2500])
     """
     if isinstance(a, Leaves) and not isinstance(weight, Tensor):
-        return Leaves(torch._foreach_lerp(a.tensors, b.tensors, weight))
+        return Leaves(_foreach._foreach_lerp(a.tensors, b.tensors, weight))
     return a + (b - a) * weight
 
 

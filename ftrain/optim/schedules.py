@@ -53,7 +53,9 @@ def constant(value: float) -> ScheduleFn:
     return ScheduleFn(lambda step: torch.full_like(step, value), f"constant({value!r})")
 
 
-def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, *, start: float = 0.0, end: float = 0.0) -> ScheduleFn:
+def warmup_cosine(
+    peak: float, warmup_steps: int, total_steps: int, *, start: float = 0.0, end: float = 0.0
+) -> ScheduleFn:
     """Linear from `start` to `peak` over `warmup_steps`, then a half cosine down to `end` at `total_steps`, then `end`.
 
     Equation, with t the step, w = `warmup_steps`, T = `total_steps`:
@@ -78,6 +80,7 @@ def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, *, start: fl
     [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
     """
     nonnegative(peak=peak, warmup_steps=warmup_steps, start=start, end=end)
+    nonnegative(total_steps=total_steps)
     if not total_steps > warmup_steps:
         raise LimitError(
             explain(

@@ -19,7 +19,7 @@ __all__ = ["SgdState", "sgd"]
 class SgdState(NamedTuple):
     """`count`: int64 (), updates made; `momentum`: like the parameters, or None without momentum."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, as in optax
     momentum: Any
 
 
@@ -56,7 +56,9 @@ def sgd(
     keeps = not _is_zero(momentum)
     if nesterov and not keeps:
         raise LimitError(
-            explain("sgd: nesterov=True needs a momentum.", got="momentum=0.0", fix="sgd(lr, momentum=0.9, nesterov=True)")
+            explain(
+                "sgd: nesterov=True needs a momentum.", got="momentum=0.0", fix="sgd(lr, momentum=0.9, nesterov=True)"
+            )
         )
 
     def init(params: Any, /) -> SgdState:

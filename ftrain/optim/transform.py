@@ -9,6 +9,7 @@ Laws
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -67,8 +68,8 @@ def chain(*transforms: Transform) -> Transform:
     def update(grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]:
         new = []
         for one, own in tree.zip_strict(transforms, state, "transforms of a chain and their states are"):
-            grads, own = one.update(grads, own, params)
-            new.append(own)
+            grads, after = one.update(grads, own, params)
+            new.append(after)
         return grads, tuple(new)
 
     return Transform(init, update)
@@ -93,7 +94,7 @@ class Injected(NamedTuple):
     """
 
     hyper: dict[str, Tensor]
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, as in optax
     inner: Any
 
 
@@ -119,6 +120,14 @@ def inject(factory: Callable[..., Transform]) -> Callable[..., Transform]:
     >>> tx.update({"w": torch.ones(1)}, halved, params)[0]["w"]
     tensor([-0.2500])
     """
+    if not callable(factory):
+        raise TypeError(
+            explain(
+                "ft.optim.inject wants an optimizer's function.",
+                got=repr(factory),
+                fix="inject(ft.optim.adamw)(lr=1e-3)",
+            )
+        )
     signature = inspect.signature(factory)
 
     def make(*args: Any, **kwargs: Any) -> Transform:
@@ -181,7 +190,8 @@ def nonnegative(**hyper: Any) -> None:
       fix:      lr=1.0
     """
     for name, value in hyper.items():
-        if isinstance(value, bool) or not (isinstance(value, (int, float, Tensor)) or callable(value)):
+        vector = isinstance(value, Tensor) and value.ndim > 0
+        if vector or isinstance(value, bool) or not (isinstance(value, (int, float, Tensor)) or callable(value)):
             raise TypeError(
                 explain(
                     f"{name}={value!r} is not a hyper-parameter.",
@@ -191,7 +201,7 @@ def nonnegative(**hyper: Any) -> None:
                 )
             )
         if isinstance(value, (int, float)) and not value >= 0:
-            shown = abs(value) if value == value else 0.001
+            shown = 0.001 if math.isnan(value) else abs(value)
             raise LimitError(
                 explain(
                     f"{name}={value!r} is negative." if value < 0 else f"{name}={value!r} is not a number.",

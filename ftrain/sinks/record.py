@@ -114,7 +114,9 @@ class History(Sequence[Record]):
             columns[name] = [named.get(name) for _, named in rows]
         return columns
 
-    def plot(self, *names: str, x: str = "step", log: bool = False, smooth: float = 0.0, path: str | None = None) -> Any:
+    def plot(
+        self, *names: str, x: str = "step", log: bool = False, smooth: float = 0.0, path: str | None = None
+    ) -> Any:
         """Draw the curves with matplotlib, one panel per metric, training and evaluators together.
 
         Args:

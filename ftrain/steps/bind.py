@@ -105,7 +105,12 @@ def bind(model: nn.Module, loss_fn: Callable[..., Any], *, train: bool = True) -
     """
     if not isinstance(model, nn.Module):
         raise ModelError(
-            explain("ft.bind wants a module.", expected="torch.nn.Module", got=type(model).__name__, fix="ft.bind(model, loss_fn)")
+            explain(
+                "ft.bind wants a module.",
+                expected="torch.nn.Module",
+                got=type(model).__name__,
+                fix="ft.bind(model, loss_fn)",
+            )
         )
     wants_rng = takes_rng(loss_fn, 2, "loss_fn", "loss_fn(model, batch) or loss_fn(model, batch, rng)")
     check_closure(model, loss_fn, "loss_fn")
@@ -187,7 +192,11 @@ def _unpack(out: Any) -> tuple[Any, Any]:
     if isinstance(out, tuple) and not isinstance(out, Metric):
         if len(out) != 2:
             raise LossError(
-                explain("loss_fn returned a tuple that is not (loss, metrics).", got=f"{len(out)} entries", fix="return loss, {}")
+                explain(
+                    "loss_fn returned a tuple that is not (loss, metrics).",
+                    got=f"{len(out)} entries",
+                    fix="return loss, {}",
+                )
             )
         return out
     return out, {}
@@ -199,7 +208,9 @@ def _as_mean(loss: Any, weight: float) -> Mean:
             if not (isinstance(value, Tensor) and value.ndim == 0):
                 raise LossError(
                     explain(
-                        f"the {part} of the loss is not a 0-d tensor.", got=tree.describe(value), fix="ft.metrics.Mean.of(losses, mask)"
+                        f"the {part} of the loss is not a 0-d tensor.",
+                        got=tree.describe(value),
+                        fix="ft.metrics.Mean.of(losses, mask)",
                     )
                 )
         return Mean(loss.total, loss.weight.detach())
@@ -225,5 +236,3 @@ def _as_mean(loss: Any, weight: float) -> Mean:
         raise LossError(explain("the loss is not a floating-point number.", got=tree.describe(loss)))
     weights = torch.full_like(loss, weight, requires_grad=False).detach()
     return Mean(loss * weights, weights)
-
-

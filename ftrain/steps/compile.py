@@ -12,7 +12,7 @@ The ladder, from fast to slow: the **step** (loss, gradient and update in one gr
 with the gradient taken outside, **eager**. `rung="auto"` takes the highest that works for the model.
 
 How a call is dispatched: dynamo traces the step once and keeps, per program, guards and bytecode. Calling those two directly
-(`check` and `run` of a `_Program`) does what `torch.compile`'s own entry does with a third less overhead per call; where
+(`check` and `run` of a `Program`) does what `torch.compile`'s own entry does with a third less overhead per call; where
 torch does not show them, its own entry is used.
 """
 
@@ -23,17 +23,19 @@ import itertools
 import types
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .. import rng, tree
+from .. import tree
 from ..errors import CompileError, CompileWarning, FtrainError, RecompileWarning, StructureError, explain
 from ..metrics import Collect, Metric, normalise
-from ..state import Counters, TrainState, check_state
+from ..state import TrainState, check_state
 from ..types import Batch
-from .bind import batch_size
+from .backends import Drawn, Program, Refused, check_backend, checkpoints, compiler, programs, worth_guarding
+from .changes import Recompile, difference, doubt, first_line, signature
+from .donation import carry, consume, overwrite
 from .packed import Packed
 from .regions import using
 from .train import check_batch, seeded_by
@@ -47,28 +49,6 @@ _NAMES = {
     "eager": "eager, nothing compiled",
 }
 _serial = itertools.count()
-
-
-class Recompile(NamedTuple):
-    """One more compilation: at which call, which leaf changed, from what to what."""
-
-    call: int
-    leaf: str
-    before: str
-    after: str
-    short_batch: bool
-
-
-class _Program(NamedTuple):
-    """One compiled form of a step: its guards, its bytecode, the structure of the states it was made for."""
-
-    check: Callable[[dict[str, Any]], bool]
-    run: Callable[[TrainState, Batch], tuple[Any, Any]]
-    structure: tree.Structure
-
-
-class _Refused(Exception):
-    """A graph that the rung must not compile, with the reason."""
 
 
 def compile(
@@ -116,12 +96,22 @@ def compile(
     ftrain.errors.DonatedStateError: reading state.params of a state whose memory was given to a compiled step at step 0.
     """
     if isinstance(step, CompiledStep):
-        raise CompileError(explain("ft.compile: this step is compiled already.", got=repr(step), fix="ft.compile(step.step, ...)"))
+        raise CompileError(
+            explain("ft.compile: this step is compiled already.", got=repr(step), fix="ft.compile(step.step, ...)")
+        )
+    if not callable(step):
+        raise CompileError(explain("ft.compile wants a step.", expected="a function", got=type(step).__name__))
     if rung != "auto" and rung not in get_args(Rung):
         raise CompileError(explain(f"ft.compile: unknown rung {rung!r}.", expected="auto, step, loss or eager"))
     if (mode or options) and backend != "inductor":
-        raise CompileError(explain("ft.compile: mode= and options= are Inductor's.", got=f"backend={backend!r}", fix='backend="inductor"'))
-    return CompiledStep(step, donate=donate, rung=rung, compiler=_compiler(backend, mode, options), dynamic=dynamic)
+        raise CompileError(
+            explain(
+                "ft.compile: mode= and options= are Inductor's.", got=f"backend={backend!r}", fix='backend="inductor"'
+            )
+        )
+    if rung != "eager":
+        check_backend(backend, mode, options)
+    return CompiledStep(step, donate=donate, rung=rung, compiler=compiler(backend, mode, options), dynamic=dynamic)
 
 
 class CompiledStep:
@@ -156,8 +146,10 @@ class CompiledStep:
         self._compiler = compiler
         self._dynamic = dynamic
         self._calls = 0
-        self._random = False  # whether some program draws random numbers: then the generators are seeded before each call
-        self._programs: list[_Program] = []
+        self._random = (
+            False  # whether some program draws random numbers: then the generators are seeded before each call
+        )
+        self._programs: list[Program] = []
         self._signatures: list[dict[str, str]] = []
         self._parts: dict[tuple[int, str], Any] = {}
         self._whole_fn: Callable[..., Any] | None = None
@@ -181,7 +173,7 @@ class CompiledStep:
                             out = program.run(given, batch)
                     except BaseException:
                         if self.donate:  # stopped half-way: what its memory holds is not to be trusted any more
-                            _consume(state)
+                            consume(state)
                         raise
                     return self._finish(state, batch, out, program.structure)
         return self._slow(state, batch)
@@ -194,20 +186,23 @@ class CompiledStep:
             rest = Packed(*rest)
         if not self.donate:
             new: TrainState = tree.unflatten(structure, leaves)
-            _carry(state.__dict__, new, batch, self.advances and self._random)
+            carry(state.__dict__, new, batch, self.advances and self._random)
             return new, rest
         new = object.__new__(TrainState)
-        own = _consume(state)
+        own = consume(state)
         new.__dict__.update(own)
         new.__dict__["_version"] = new.step._version
         new.__dict__.pop("_host", None)
-        _carry(own, new, batch, self.advances and self._random)
+        carry(own, new, batch, self.advances and self._random)
         return new, rest
 
     def _slow(self, state: TrainState, batch: Batch) -> Any:
         """First call, changed input, bad input, or a lower rung."""
         check_state(state, "a compiled step")
         check_batch(batch, state.device)
+        check = getattr(self.step, "check", None)
+        if check is not None:
+            check(state)
         self._calls += 1
         if "_at" not in state.__dict__ and type(state.step) is Tensor and not state.step.is_meta:
             state.__dict__["_at"] = state.counters().step
@@ -220,9 +215,9 @@ class CompiledStep:
     # -- the ladder -------------------------------------------------------------------------------------------------------
 
     def _descend(self, state: TrainState, batch: Batch) -> Any:
-        rungs: tuple[Rung, ...] = get_args(Rung) if self.requested == "auto" else (self.requested,)  # type: ignore[assignment]
+        rungs: tuple[Rung, ...] = get_args(Rung) if self.requested == "auto" else (self.requested,)
         reasons: list[str] = []
-        signature = _signature(state, batch)
+        first = signature(state, batch)
         for rung in rungs:
             self._compiled_now = False
             try:
@@ -231,7 +226,7 @@ class CompiledStep:
                 if rung == "eager" or (rung == "step" and self._compiled_now) or isinstance(error, FtrainError):
                     raise
                 self._forget()
-                reasons.append(_first_line(error))
+                reasons.append(first_line(error))
                 if self.requested != "auto":
                     self._diagnose(state, batch)
                     raise CompileError(
@@ -243,7 +238,7 @@ class CompiledStep:
                     ) from error
                 continue
             self.rung = rung
-            self._signatures = [signature]
+            self._signatures = [first]
             if reasons:
                 self.reason = "; ".join(dict.fromkeys(reasons))
                 warnings.warn(
@@ -267,30 +262,30 @@ class CompiledStep:
                 backend=functools.partial(self._backend, True),
                 fullgraph=True,
                 dynamic=self._dynamic,
-                options={"guard_filter_fn": _worth_guarding},
+                options={"guard_filter_fn": worth_guarding},
             )
             self._code = fn
         structure = tree.structure(state)
         with torch._dynamo.config.patch(trace_autograd_ops=True, allow_rnn=True), torch.enable_grad():
             before = self.compiles
             with seeded_by(state):
-                drawn = _Drawn(state.device)
+                drawn = Drawn(state.device)
                 try:
                     out = self._whole_fn(_as_leaves(state) if _LEAVES_OUTSIDE else state, batch)
                 except BaseException:
                     if self.donate and self._compiled_now:
-                        _consume(state)
+                        consume(state)
                     raise
                 self._random = drawn.anything() or self._random
         if self.compiles > before:
-            self._programs = _programs(self._code, structure, self._programs)
+            self._programs = programs(self._code, structure, self._programs)
         return self._finish(state, batch, out, structure)
 
     def _again(self, state: TrainState, batch: Batch) -> Any:
         """The whole step is compiled, but not for these inputs."""
         before = self.compiles
-        known, signature = list(self._signatures), _signature(state, batch)
-        doubts = [_doubt(program, _as_leaves(state) if _LEAVES_OUTSIDE else state, batch) for program in self._programs]
+        known, now = list(self._signatures), signature(state, batch)
+        doubts = [doubt(program, _as_leaves(state) if _LEAVES_OUTSIDE else state, batch) for program in self._programs]
         self._compiled_now = False
         call = self._calls
         try:
@@ -301,13 +296,11 @@ class CompiledStep:
             self._diagnose(state, batch)
             if not self._complained:
                 self._complained = True
-                warnings.warn(
-                    f"ft.compile runs this batch eagerly: {_first_line(error)}", CompileWarning, stacklevel=4
-                )
+                warnings.warn(f"ft.compile runs this batch eagerly: {first_line(error)}", CompileWarning, stacklevel=4)
             return self._parted(state, batch, "eager")
         if self.compiles > before:
-            self._signatures.append(signature)
-            self._report(_difference(call, known, signature, doubts))
+            self._signatures.append(now)
+            self._report(difference(call, known, now, doubts))
         return out
 
     def _report(self, found: Recompile) -> None:
@@ -328,14 +321,14 @@ class CompiledStep:
                 with using(self._part):
                     out = self.step(state, batch)
                 if not self._parts:
-                    raise _Refused("the step has no parts that can be compiled alone")
+                    raise Refused("the step has no parts that can be compiled alone")
             else:
                 out = self.step(state, batch)
         if not _is_step_result(out):
             return out
         new, metrics = _check_step_result(state, out)
         if self.donate:
-            new = _overwrite(state, new)
+            new = overwrite(state, new)
         return new, metrics
 
     def _part(self, owner: object, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -343,7 +336,10 @@ class CompiledStep:
         name = (id(owner), fn.__name__)
         if name not in self._parts:
             part = torch.compile(
-                _fresh(_region, _fn_=fn), backend=functools.partial(self._backend, False), fullgraph=True, dynamic=self._dynamic
+                _fresh(_region, _fn_=fn),
+                backend=functools.partial(self._backend, False),
+                fullgraph=True,
+                dynamic=self._dynamic,
             )
 
             def run(*args: Any) -> Any:
@@ -354,20 +350,21 @@ class CompiledStep:
         return self._parts[name]  # type: ignore[no-any-return]  # what was stored above
 
     def _backend(self, whole: bool, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        if whole and any(_is_checkpoint(node) for module in graph.modules() for node in _nodes(module)):
+        if whole and checkpoints(graph):
             # 2.11 drops the recomputation silently, 2.13 refuses random operations in it (SDPA counts as one).
-            raise _Refused("the model uses activation checkpointing, which one graph would not recompute")
+            raise Refused("the model uses activation checkpointing, which one graph would not recompute")
         # AOTAutograd cannot differentiate oneDNN's LSTM, whose backward wants a workspace that tracing does not make ("got None
         # ... for argument 'workspace'", 2.13); without oneDNN an LSTM is traced as the matrix products that it is.
         recurrent = any(getattr(node.target, "__name__", "") == "lstm" for node in graph.graph.nodes)
-        onednn = torch.backends.mkldnn.enabled
-        if recurrent and onednn:
-            torch.backends.mkldnn.enabled = False
+        onednn: Any = torch.backends.mkldnn
+        used = bool(onednn.enabled)
+        if recurrent and used:
+            onednn.enabled = False
         try:
             compiled: Callable[..., Any] = self._compiler(graph, inputs)
         finally:
-            if recurrent and onednn:
-                torch.backends.mkldnn.enabled = True
+            if recurrent and used:
+                onednn.enabled = True
         self.compiles += 1
         self._compiled_now = True
         return compiled
@@ -455,177 +452,3 @@ def _as_leaves(state: TrainState) -> TrainState:
     if not isinstance(state, TrainState) or "params" not in state.__dict__:
         return state
     return state.replace(params={name: p.detach().requires_grad_() for name, p in state.params.items()})
-
-
-# -- donation ---------------------------------------------------------------------------------------------------------------
-
-
-def _consume(state: TrainState) -> dict[str, Any]:
-    """Take a state's leaves away from it; from now on it raises. Gives what it held."""
-    own = dict(state.__dict__)
-    state.__dict__.clear()  # mutates: the donated state object, so that it cannot show memory that is no longer its own
-    state.__dict__["_donated_at"] = own.get("_at", "(unknown)")
-    return own
-
-
-def _carry(own: dict[str, Any], new: TrainState, batch: Batch, counted: bool) -> None:
-    """What the host knows of the counters, one step further."""
-    at = own.get("_at")
-    if at is not None:
-        new.__dict__["_at"] = at + 1
-    host = own.get("_host")
-    if counted and host is not None:
-        new.__dict__["_host"] = Counters(host.step + 1, host.epoch, host.samples + batch_size(batch), host.seed)
-
-
-def _overwrite(state: TrainState, new: TrainState) -> TrainState:
-    """Donation without a graph: copy the new leaves into the memory of the old state, and hand that on."""
-    old_leaves, new_leaves = tree.leaves(state), tree.leaves(new)
-    memory = {leaf.untyped_storage().data_ptr() for leaf in old_leaves}
-    pairs = [(o, n) for o, n in zip(old_leaves, new_leaves, strict=True) if n is not o]
-    values = [n.clone() if n.untyped_storage().data_ptr() in memory else n for _, n in pairs]
-    own = _consume(state)
-    with torch.no_grad():
-        torch._foreach_copy_([o for o, _ in pairs], values)  # mutates: donation, as in the compiled program
-    kept = object.__new__(TrainState)
-    kept.__dict__.update({name: value for name, value in own.items() if not name.startswith("_")})
-    kept.__dict__["_version"] = kept.step._version
-    if new._host is not None:
-        kept.__dict__["_host"] = new._host
-    if "_at" in own:
-        kept.__dict__["_at"] = own["_at"] + 1
-    return kept
-
-
-# -- torch.compile's inside -------------------------------------------------------------------------------------------------
-
-
-def _compiler(backend: str | Callable[..., Any], mode: str | None, options: dict[str, Any] | None) -> Callable[..., Any]:
-    """The backend as a function `(graph, inputs) -> callable`; imported when first used."""
-
-    def build(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        if callable(backend):
-            return backend(graph, inputs)  # type: ignore[no-any-return]
-        if backend != "inductor":
-            return torch._dynamo.lookup_backend(backend)(graph, inputs)  # type: ignore[no-any-return]
-        with warnings.catch_warnings():  # its import warns of a torch.jit function that torch itself uses (2.13)
-            warnings.simplefilter("ignore", DeprecationWarning)
-            from torch._inductor import list_mode_options
-            from torch._inductor.compile_fx import compile_fx
-
-        # The guards have checked sizes and strides of all inputs; the generated code need not check them again (0.4 us a leaf).
-        patches = {"size_asserts": False, **(list_mode_options(mode) if mode else {}), **(options or {})}
-        return compile_fx(graph, inputs, config_patches=patches)  # type: ignore[no-any-return]
-
-    return build
-
-
-def _programs(fn: types.FunctionType, structure: tree.Structure, known: list[_Program]) -> list[_Program]:
-    """The compiled forms that dynamo keeps for a function, newest knowledge first; [] where torch does not show them."""
-    try:
-        entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(fn.__code__)
-        found = [(entry.guard_manager.check, entry.code) for entry in entries]
-    except AttributeError:
-        return []
-    old = {program.run.__code__: program for program in known}  # type: ignore[attr-defined]
-    return [
-        old[code] if code in old else _Program(check, types.FunctionType(code, fn.__globals__), structure)
-        for check, code in found
-    ]
-
-
-_LIBRARY = ("__import_ftrain_", "__import_torch_", "__import_optree", "__builtins_dict__")
-_STRUCTURAL = ("EMPTY_NN_MODULE_HOOKS_DICT", "NOT_PRESENT_IN_GENERIC_DICT", "DUPLICATE_INPUT")
-_SLOTS = ("param_slots", "buffer_slots", "param_names", "buffer_names", "._parameters", "._buffers", "._modules")
-
-
-def _worth_guarding(entries: Any) -> list[bool]:
-    """Which of dynamo's guards to keep: those on the state, the batch, and what a user can change between two calls.
-
-    Left out are guards on the code of torch, optree and ftrain itself, and on the structure of the private copy of the module,
-    which nobody else holds. Values in it (an attribute that the forward pass changes) stay guarded.
-    """
-
-    def keep(name: str, kind: str, value: object) -> bool:
-        if not name or name.startswith(("state", "batch", "L[")):
-            return True
-        if any(mark in name for mark in _LIBRARY) or name.startswith(("type(", "dict(type(")):
-            return False
-        if name.startswith("G['") and not name.startswith(("G['_step_']", "G['__import_")):
-            return False
-        if kind == "DUPLICATE_INPUT":
-            return False
-        if ".skeleton" in name:
-            private = kind in _STRUCTURAL or isinstance(value, torch.nn.Module)
-            return not (private or any(mark in name for mark in _SLOTS))
-        return True
-
-    return [keep(e.name, e.guard_type, e.value if e.has_value else None) for e in entries]
-
-
-def _nodes(module: torch.nn.Module) -> list[torch.fx.Node]:
-    return list(module.graph.nodes) if isinstance(module, torch.fx.GraphModule) else []
-
-
-def _is_checkpoint(node: torch.fx.Node) -> bool:
-    return node.op == "call_function" and "checkpoint" in getattr(node.target, "__name__", "")
-
-
-class _Drawn:
-    """Whether the default generators have been drawn from since this was made."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.generators = [torch.default_generator]
-        if device.type == "cuda":
-            self.generators.append(rng._generator(device))
-        self.states = [generator.get_state() for generator in self.generators]
-
-    def anything(self) -> bool:
-        return any(
-            not torch.equal(was, generator.get_state())
-            for was, generator in zip(self.states, self.generators, strict=True)
-        )
-
-
-# -- what changed -----------------------------------------------------------------------------------------------------------
-
-
-def _signature(state: TrainState, batch: Batch) -> dict[str, str]:
-    found = {}
-    for root, value in (("state", state), ("batch", batch)):
-        for path, leaf in tree.items(value, root=root):
-            found[path] = f"{tree.describe(leaf)}, stride {tuple(leaf.stride())}" if isinstance(leaf, Tensor) else repr(leaf)
-    return found
-
-
-def _difference(call: int, known: list[dict[str, str]], now: dict[str, str], doubts: list[str]) -> Recompile:
-    def changes(before: dict[str, str]) -> list[str]:
-        return [path for path in (*before, *(p for p in now if p not in before)) if before.get(path) != now.get(path)]
-
-    nearest = min(known, key=lambda before: len(changes(before)), default={})
-    changed = changes(nearest)
-    if not changed:
-        reason = next((d for d in doubts if d), "a value outside state and batch")
-        return Recompile(call, reason, "what it was when the step was traced", "something else", False)
-    batch_only = all(path.startswith("batch") for path in changed)
-    path = changed[0]
-    return Recompile(call, path, nearest.get(path, "absent"), now.get(path, "absent"), batch_only)
-
-
-def _doubt(program: _Program, state: TrainState, batch: Batch) -> str:
-    """Which guard of a program fails, as dynamo words it."""
-    owner = getattr(program.check, "__self__", None)
-    verbose = getattr(owner, "check_verbose", None)
-    if verbose is None:
-        return ""
-    parts = getattr(verbose({"state": state, "batch": batch}), "verbose_code_parts", [])
-    return str(parts[0]).split("#")[0].strip() if parts else ""
-
-
-def _first_line(error: BaseException) -> str:
-    """What went wrong, from the innermost cause, in one line."""
-    cause = error
-    while not isinstance(cause, _Refused) and (cause.__cause__ or getattr(cause, "inner_exception", None)) is not None:
-        cause = cause.__cause__ or cause.inner_exception  # type: ignore[attr-defined]  # BackendCompilerFailed has one
-    text = next((line for line in str(cause).splitlines() if line.strip()), "no message")
-    return text if isinstance(cause, _Refused) else f"{type(cause).__name__}: {text.strip()}"

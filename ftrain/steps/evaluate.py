@@ -41,10 +41,7 @@ class ReadStep:
         buffers = {**state.frozen, **state.buffers}
         self.skeleton.check(state.params, buffers)
         with torch.no_grad(), Installed(self.skeleton, state.params, buffers) as model:
-            if self.wants_rng:
-                out = self.fn(model, batch, step_key(state))
-            else:
-                out = self.fn(model, batch)
+            out = self.fn(model, batch, step_key(state)) if self.wants_rng else self.fn(model, batch)
         return self._finish(out, batch)
 
     def _finish(self, out: Any, batch: Batch) -> Any:
@@ -130,4 +127,3 @@ def to_module(model: nn.Module, state: TrainState) -> nn.Module:
         if isinstance(part, nn.RNNBase):
             part._flat_weights = [getattr(part, name, None) for name in part._flat_weights_names]
     return module
-

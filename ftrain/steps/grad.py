@@ -35,7 +35,11 @@ class SingleDevice:
             mean = loss.total / loss.weight
             grads = torch.autograd.grad(mean, list(leaves.values()), materialize_grads=True)
         found = dict(zip(leaves, grads, strict=True))
-        return found, Mean(loss.total.detach(), loss.weight), ({k: _detached(m) for k, m in metrics.items()}, new_buffers)
+        return (
+            found,
+            Mean(loss.total.detach(), loss.weight),
+            ({k: _detached(m) for k, m in metrics.items()}, new_buffers),
+        )
 
 
 def value_and_grad(loss_fn: LossFn, *, engine: Engine | None = None) -> GradFn:

@@ -7,6 +7,7 @@ a meter stacks one tensor a step instead of many. The metrics themselves are mad
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import optree
 from torch import Tensor
@@ -53,10 +54,18 @@ class Packed(Mapping[str, Metric]):
         return repr(dict(self))
 
 
+def _flatten(packed: Packed) -> tuple[tuple[Tensor], tuple[Any, Any], tuple[str]]:
+    return (packed.values_,), (packed.names, packed.kinds), ("values_",)
+
+
+def _unflatten(names_and_kinds: tuple[Any, Any], children: Any) -> Packed:
+    return Packed(*names_and_kinds, *children)
+
+
 optree.register_pytree_node(
     Packed,
-    lambda packed: ((packed.values_,), (packed.names, packed.kinds), ("values_",)),
-    lambda names_and_kinds, children: Packed(*names_and_kinds, *children),
+    _flatten,  # type: ignore[arg-type]  # optree wants the base type's own signature
+    _unflatten,  # type: ignore[arg-type]
     path_entry_type=optree.GetAttrEntry,
     namespace=NAMESPACE,
 )

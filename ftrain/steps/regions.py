@@ -6,10 +6,10 @@ on its second rung is running: then it is the compiled form of `fn`, kept with t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Iterator, TypeVar
+from typing import Any, TypeVar
 
 import torch
 

@@ -57,6 +57,7 @@ class Skeleton:
             self.module.train()
         self.param_names = tuple(named)
         self.buffer_names = tuple(buffers)
+        self.shapes = {name: leaf.shape for name, leaf in {**named, **buffers}.items()}
         self.names = {*self.param_names, *self.buffer_names}
         self.modules = list(self.module.modules())
         self.param_slots: list[tuple[nn.Module, str, str]] = []
@@ -68,7 +69,19 @@ class Skeleton:
                 _read_weights_from_slots(module)
 
     def check(self, params: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
-        """Raise unless the leaves are exactly those of the module."""
+        """Raise unless the leaves are exactly those of the module, in name and shape."""
+        for leaves in (params, buffers):
+            for name, leaf in leaves.items():
+                if name in self.shapes and leaf.shape != self.shapes[name]:
+                    raise StructureError(
+                        explain(
+                            f"the state does not belong to the model {type(self.module).__name__}.",
+                            where=name,
+                            expected=str(tuple(self.shapes[name])),
+                            got=str(tuple(leaf.shape)),
+                            fix="state = ft.init(model, tx)   # with the model that the step was made from",
+                        )
+                    )
         got = params.keys() | buffers.keys()
         if got != self.names:
             want = self.names
@@ -130,10 +143,10 @@ class Installed:
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         skeleton = self.skeleton
-        for (module, key, _), was in zip(skeleton.param_slots, self.saved_params, strict=True):
-            module._parameters[key] = was
-        for (module, key, _), was in zip(skeleton.buffer_slots, self.saved_buffers, strict=True):
-            module._buffers[key] = was
+        for (module, key, _), param in zip(skeleton.param_slots, self.saved_params, strict=True):
+            module._parameters[key] = param
+        for (module, key, _), buffer in zip(skeleton.buffer_slots, self.saved_buffers, strict=True):
+            module._buffers[key] = buffer
         if not torch.compiler.is_compiling():
             for module, training in zip(skeleton.modules, self.modes, strict=True):
                 if module.training != training:

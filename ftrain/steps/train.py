@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import rng, tree
 from ..errors import BatchError, explain
 from ..optim import apply_updates
-from ..state import TrainState, check_state
+from ..state import TrainState, check_state, check_transform
 from ..types import Batch, GradFn, Metrics, Params, Transform
 from .bind import batch_size, bind
 from .grad import value_and_grad
@@ -27,14 +27,30 @@ class TrainStep:
     advances = True
 
     def __init__(self, grad_fn: GradFn, tx: Transform) -> None:
+        check_transform(tx, "ft.make_step")
         self.grad_fn = grad_fn
         self.tx = tx
+        self._opt: Any = None  # the structure of the optimizer's state, known after the first call
+
+    def check(self, state: TrainState) -> None:
+        """Raise unless the state was made with this optimizer."""
+        if self._opt is None:
+            self._opt = self.tx.init({name: torch.empty_like(p, device="meta") for name, p in state.params.items()})
+        if not tree.same_structure(self._opt, state.opt):
+            tree.check_same(
+                self._opt,
+                state.opt,
+                root="state.opt",
+                what="the state was made with another optimizer than the step.",
+                fix="state = ft.init(model, tx)   # with the tx that the step was made with",
+            )
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if torch.compiler.is_compiling():
             return self._step(state, batch)
         check_state(state, "a train step")
         check_batch(batch, state.device)
+        self.check(state)
         with seeded_by(state):
             return self._step(state, batch)
 
@@ -43,7 +59,9 @@ class TrainStep:
         given = {**state.frozen, **state.buffers}
         grads, loss, (metrics, new) = self.grad_fn(state.params, given, batch, key)
         old = state.params
-        if torch.compiler.is_compiling():  # where the leaves of the gradient came in from outside (see steps/compile.py)
+        if (
+            torch.compiler.is_compiling()
+        ):  # where the leaves of the gradient came in from outside (see steps/compile.py)
             old = {name: p.detach() for name, p in old.items()}
         params, opt = region(self, self._update)(grads, state.opt, old)
         state = state.advance(
@@ -81,7 +99,9 @@ def make_step(grad_fn: GradFn, tx: Transform) -> TrainStep:
 
 
 def train_step(model: nn.Module, loss_fn: Callable[..., Any], tx: Transform) -> TrainStep:
-    """Make the usual training step. It is exactly this composition, which you may write by hand and wrap at any level:
+    """Make the usual training step.
+
+    It is exactly this composition, which you may write by hand and wrap at any level:
 
         loss = ft.bind(model, loss_fn)       # (params, buffers, batch, rng) -> (loss, (metrics, buffers))
         grad = ft.value_and_grad(loss)       # (params, buffers, batch, rng) -> (grads, loss, (metrics, buffers))

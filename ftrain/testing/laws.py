@@ -207,7 +207,9 @@ def check_compiled(
     for path, (error, moved) in groups.items():
         relative = (error / moved) ** 0.5 if moved else error
         if not relative <= rtol:
-            raise LawError(f"compiled: {path} differs by {relative:.1e} of its update after {steps} steps; allowed are {rtol:.0e}")
+            raise LawError(
+                f"compiled: {path} differs by {relative:.1e} of its update after {steps} steps; allowed are {rtol:.0e}"
+            )
 
 
 def check_donation(

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
-import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -90,6 +91,7 @@ def hand_eager(problem: Problem, *, compiled: bool = False) -> Callable[[int], o
             loss.backward()
             optimizer.step()
 
+    run.params = lambda: list(module.parameters())  # type: ignore[attr-defined]
     return run
 
 
@@ -103,9 +105,8 @@ def hand_graph(problem: Problem) -> Callable[[int], object]:
     count, step, samples = (torch.zeros((), dtype=torch.int64, device=problem.device) for _ in range(3))
     skeleton = problem.model().to("meta")
 
-    def whole(
-        params: list[Tensor], mu: list[Tensor], nu: list[Tensor], counts: list[Tensor], x: Tensor, y: Tensor
-    ) -> Tensor:
+    def whole(params: list[Tensor], mu: list[Tensor], nu: list[Tensor], counts: list[Tensor], batch: Batch) -> Tensor:
+        x, y = batch["x"], batch["y"]
         loss = F.cross_entropy(torch.func.functional_call(skeleton, dict(zip(names, params, strict=True)), (x,)), y)
         grads = torch.autograd.grad(loss, params)
         with torch.no_grad():
@@ -126,17 +127,19 @@ def hand_graph(problem: Problem) -> Callable[[int], object]:
             return torch.stack([loss.detach() * weight, weight])
 
     fn = torch.compile(whole, fullgraph=True)
-    batches = problem.forever()
-    with torch._dynamo.config.patch(trace_autograd_ops=True):
-        first = next(batches)
-        fn(params, mu, nu, [count, step, samples], first["x"], first["y"])
+    batches, counts, traced = problem.forever(), [count, step, samples], False
 
     def run(steps: int) -> None:
-        counts = [count, step, samples]
+        nonlocal traced
+        if not traced:
+            traced, steps = True, steps - 1
+            with torch._dynamo.config.patch(trace_autograd_ops=True):
+                batch = next(batches)
+                fn(params, mu, nu, counts, batch)
         for batch in itertools.islice(batches, steps):
-            fn(params, mu, nu, counts, batch["x"], batch["y"])
+            fn(params, mu, nu, counts, batch)
 
-    run.params = params  # type: ignore[attr-defined]  # compared with the others in a check
+    run.params = lambda: params  # type: ignore[attr-defined]
     return run
 
 
@@ -171,6 +174,7 @@ def ft_bare(problem: Problem, *, compiled: bool = True, donate: bool = True, **o
             now, _metrics = step(now, batch)
         state = now
 
+    run.params = lambda: list(state.params.values())  # type: ignore[attr-defined]
     run.step = step  # type: ignore[attr-defined]  # its rung is reported
     return run
 
@@ -250,6 +254,10 @@ def lightning_fit(
     import lightning
     from lightning.pytorch.callbacks import TQDMProgressBar
 
+    for name in ("lightning.pytorch", "lightning.fabric"):  # hints at each run; their handlers hold the real stderr
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\..*")
+
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -267,12 +275,18 @@ def lightning_fit(
             )
 
     module, ready = Module(), Ready(problem.batches)
+    accelerator = "gpu" if problem.device == "cuda" else "cpu"
 
     def run(steps: int) -> None:
         callbacks = [TQDMProgressBar()] if tqdm else None
         with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
             trainer = lightning.Trainer(
-                max_steps=steps, accelerator="cpu", devices=1, default_root_dir=root, callbacks=callbacks, **options
+                max_steps=steps,
+                accelerator=accelerator,
+                devices=1,
+                default_root_dir=root,
+                callbacks=callbacks,
+                **options,
             )
             trainer.fit(module, ready)
         assert trainer.global_step == steps, "Lightning took another number of steps"
@@ -284,46 +298,39 @@ def small_contenders(problem: Problem, root: str | None, scale: int = 1) -> list
     """All of them on the small MLP; Lightning only with a directory to write to."""
     terminal, file = Nowhere(terminal=True), Nowhere(terminal=False)
     state, step = ft_parts(problem)  # one step for the forms of fit: it keeps its compiled form
-    short, long = 500 // scale, 3000 // scale
+
+    def fit(stream: Nowhere, progress: bool = True) -> Callable[[int], object]:
+        return ft_fit(problem, step, state, stream, progress)
+
+    # Slices of about a tenth of a second each.
     found = [
-        Contender("hand_eager", "hand-written, eager, fused AdamW", hand_eager(problem), short),
-        Contender("hand_compiled", "hand-written, compiled model, fused AdamW", hand_eager(problem, compiled=True), short),
-        Contender("hand_graph", "the whole-step graph called by hand", hand_graph(problem), short),
-        Contender("ft_donated", "ft.compile, donated, bare loop", ft_bare(problem), short),
-        Contender("ft_kept", "ft.compile, not donated, bare loop", ft_bare(problem, donate=False), short),
-        Contender("ft_eager", "ftrain eager step, bare loop", ft_bare(problem, compiled=False), short // 2),
-        Contender("ft_loop", "ft.loop over the compiled step", ft_loop(problem), long, sets_up=True),
-        Contender("ft_fit", "ft.fit, progress in a terminal, history", ft_fit(problem, step, state, terminal), long, sets_up=True),
-        Contender("ft_fit_lines", "ft.fit, progress as lines, history", ft_fit(problem, step, state, file), long, sets_up=True),
+        Contender("hand_eager", "hand-written, eager, fused AdamW", hand_eager(problem), 500),
         Contender(
-            "ft_fit_silent", "ft.fit, progress=False, history", ft_fit(problem, step, state, file, False), long, sets_up=True
+            "hand_compiled", "hand-written, compiled model, fused AdamW", hand_eager(problem, compiled=True), 400
         ),
+        Contender("hand_graph", "the whole-step graph called by hand", hand_graph(problem), 1500),
+        Contender("ft_donated", "ft.compile, donated, bare loop", ft_bare(problem), 2000),
+        Contender("ft_kept", "ft.compile, not donated, bare loop", ft_bare(problem, donate=False), 1500),
+        Contender("ft_eager", "ftrain eager step, bare loop", ft_bare(problem, compiled=False), 250),
+        Contender("ft_loop", "ft.loop over the compiled step", ft_loop(problem), 3000, sets_up=True),
+        Contender("ft_fit", "ft.fit, progress in a terminal, history", fit(terminal), 3000, sets_up=True),
+        Contender("ft_fit_lines", "ft.fit, progress as lines, history", fit(file), 3000, sets_up=True),
+        Contender("ft_fit_silent", "ft.fit, progress=False, history", fit(file, False), 3000, sets_up=True),
     ]
     if root is not None:
-        length = 500 // scale
-        bare = {"logger": False, "enable_checkpointing": False}
+
+        def trainer(**options: Any) -> Callable[[int], object]:
+            return lightning_fit(problem, root, terminal, **options)
+
+        lean = trainer(tqdm=True, logger=False, enable_checkpointing=False)
         found += [
-            Contender(
-                "lightning", "Lightning, default", lightning_fit(problem, root, terminal), length, sets_up=True
-            ),
-            Contender(
-                "lightning_logs",
-                "Lightning, default, and logs its loss",
-                lightning_fit(problem, root, terminal, logs=True),
-                length,
-                sets_up=True,
-            ),
-            Contender(
-                "lightning_lean",
-                "Lightning, tqdm bar, no logger, no checkpoints",
-                lightning_fit(problem, root, terminal, tqdm=True, **bare),
-                length,
-                sets_up=True,
-            ),
-            Contender(
-                "lightning_bare", "Lightning, barebones=True", lightning_fit(problem, root, terminal, barebones=True), length, sets_up=True
-            ),
+            Contender("lightning", "Lightning, default", trainer(), 500, sets_up=True),
+            Contender("lightning_logs", "Lightning, default, and logs its loss", trainer(logs=True), 500, sets_up=True),
+            Contender("lightning_lean", "Lightning, tqdm bar, no logger, no checkpoints", lean, 500, sets_up=True),
+            Contender("lightning_bare", "Lightning, barebones=True", trainer(barebones=True), 500, sets_up=True),
         ]
+    for one in found:
+        one.steps //= scale
     return found
 
 
@@ -335,11 +342,12 @@ def large_contenders(problem: Problem) -> list[Contender]:
     ]
 
 
-def quiet() -> None:
-    """Lightning's hints and warnings are not this table's business."""
-    import logging
-    import warnings
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"lightning\..*")
-    print("", end="", file=sys.stderr)
+def agree(contenders: list[Contender]) -> None:
+    """Raise unless those that go on from slice to slice have trained to the same parameters, as they have taken as many steps."""
+    found = {one.key: one.run.params() for one in contenders if hasattr(one.run, "params")}
+    (first, want), *others = found.items()
+    moved = max(float(w.detach().abs().max()) for w in want)
+    for key, got in others:
+        off = max(float((g.detach() - w.detach()).abs().max()) for g, w in zip(got, want, strict=True))
+        if not off <= 1e-3 * moved:
+            raise RuntimeError(f"{key} trains otherwise than {first}: parameters differ by up to {off:.1e}")

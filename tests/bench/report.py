@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -25,6 +26,7 @@ class Bar(NamedTuple):
     text: str
     bound: float
     measured: Spread | None
+    cpu: Spread | None = None  # the same by processor time
     at_least: bool = False
 
     @property
@@ -37,38 +39,41 @@ class Bar(NamedTuple):
     def row(self) -> list[str]:
         bound = f"{'>=' if self.at_least else '<='} {self.bound:.2f}"
         if self.measured is None:
-            return [self.text, bound, "-", "-", self.verdict]
+            return [self.text, bound, "-", "-", "-", self.verdict]
         found = self.measured
         spread = "-" if found.low == found.high else f"{found.low:.2f} .. {found.high:.2f}"
-        return [self.text, bound, f"{found.median:.2f}", spread, self.verdict]
+        cpu = "-" if self.cpu is None else f"{self.cpu.median:.2f}"
+        return [self.text, bound, f"{found.median:.2f}", spread, cpu, self.verdict]
 
 
 class Table(NamedTuple):
-    """A heading, a sentence or two, and rows; the first column is text, the others are numbers."""
+    """A heading, a sentence or two, and rows; the first `text` columns are text, the others are numbers."""
 
     heading: str
     note: str
     columns: list[str]
     rows: list[list[str]]
+    text: int = 1
 
     def plain(self) -> str:
         widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
 
         def line(cells: list[str]) -> str:
-            first, *rest = [
-                cell.ljust(width) if i == 0 else cell.rjust(width)
+            padded = [
+                cell.ljust(width) if i < self.text else cell.rjust(width)
                 for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
             ]
-            return "  ".join([first, *rest]).rstrip()
+            return "  ".join(padded).rstrip()
 
         rule = "  ".join("-" * width for width in widths)
-        return "\n".join([self.heading, self.note, "", line(self.columns), rule, *map(line, self.rows)])
+        note = textwrap.fill(self.note, 120)
+        return "\n".join([self.heading, note, "", line(self.columns), rule, *map(line, self.rows)])
 
     def markdown(self) -> str:
         def line(cells: list[str]) -> str:
             return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
-        rule = line(["---", *["---:"] * (len(self.columns) - 1)])
+        rule = line([*["---"] * self.text, *["---:"] * (len(self.columns) - self.text)])
         return "\n".join([f"## {self.heading}", "", self.note, "", line(self.columns), rule, *map(line, self.rows)])
 
 
@@ -78,8 +83,8 @@ def times(heading: str, note: str, found: dict[str, Samples], yardstick: str, un
     digits = 1 if unit == "ms" else 0
     rows = []
     for samples in found.values():
-        step, over = Spread.of(samples.step), ratio(samples, found[yardstick])
-        busy = Spread.of([c / w for c, w in zip(samples.cpu, samples.step, strict=True)]).median
+        step, over = Spread.of(samples.step), ratio(samples.step, found[yardstick].step)
+        busy = ratio(samples.cpu, samples.step).median
         rows.append(
             [
                 samples.label,
@@ -106,8 +111,11 @@ def times(heading: str, note: str, found: dict[str, Samples], yardstick: str, un
 
 
 def bars(found: Sequence[Bar]) -> Table:
-    note = "Medians over the rounds of the ratio within a round, with its quartiles. A bar is met by the median."
-    return Table("Bars", note, ["", "bound", "median", "quartiles", ""], [bar.row() for bar in found])
+    note = (
+        "Medians over the rounds of the ratio within a round, with its quartiles. The median of wall time decides; `by CPU` is the same "
+        "ratio of processor times, which says more where the table above shows that others had the core."
+    )
+    return Table("Bars", note, ["", "bound", "median", "quartiles", "by CPU", ""], [bar.row() for bar in found])
 
 
 def machine(packages: Sequence[str], **more: object) -> dict[str, Any]:
@@ -142,7 +150,9 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str:
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         changed = " with changes" if git("status", "--porcelain", "--", "ftrain") else ""
@@ -157,23 +167,16 @@ def text(about: dict[str, Any], tables: Sequence[Table]) -> str:
 
 
 def write(
-    folder: Path,
-    name: str,
-    title: str,
-    about: dict[str, Any],
-    tables: Sequence[Table],
-    found: Sequence[Bar],
-    data: dict[str, Any],
+    path: Path, title: str, about: dict[str, Any], tables: Sequence[Table], *, bars: Sequence[Bar], data: dict[str, Any]
 ) -> list[Path]:
-    """Write `name.md` and `name.json` into a folder; the JSON has every sample."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `path.md` and `path.json`; the JSON has every sample."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     head = "\n".join(f"- {name}: {f'`{value}`' if name == 'command' else value}" for name, value in about.items())
-    markdown, numbers = folder / f"{name}.md", folder / f"{name}.json"
-    markdown.write_text("\n\n".join([f"# {title}", head, *(table.markdown() for table in tables)]) + "\n", encoding="utf-8")
-    verdicts = [
-        {**bar._asdict(), "measured": None if bar.measured is None else bar.measured._asdict(), "verdict": bar.verdict}
-        for bar in found
-    ]
+    markdown, numbers = path.with_suffix(".md"), path.with_suffix(".json")
+    markdown.write_text(
+        "\n\n".join([f"# {title}", head, *(table.markdown() for table in tables)]) + "\n", encoding="utf-8"
+    )
+    verdicts = [{**bar._asdict(), "verdict": bar.verdict} for bar in bars]
     everything = {"about": about, "bars": verdicts, **data}
     numbers.write_text(json.dumps(_rounded(everything), indent=1) + "\n", encoding="utf-8")
     return [markdown, numbers]
@@ -186,6 +189,8 @@ def samples(found: dict[str, Samples]) -> dict[str, Any]:
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.5g}")
+    if isinstance(value, Spread):
+        return _rounded(value._asdict())
     if isinstance(value, dict):
         return {key: _rounded(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):

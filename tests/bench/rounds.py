@@ -1,7 +1,8 @@
 """Timing on a machine that others use too.
 
 Two contenders are compared by their times in the same round, seconds apart, never by figures of two runs: what slows the machine
-for a while slows both. A round runs a slice of steps of every contender, in an order drawn anew; what is reported are medians
+for a while slows both. Where others take turns with us on a core, processor time is the steadier witness, so both times are
+kept. A round runs a slice of steps of every contender, in an order drawn anew; what is reported are medians
 and quartiles over the rounds, of times and of ratios. No slice is thrown away.
 """
 
@@ -62,9 +63,9 @@ class Spread(NamedTuple):
         return cls(median, low, high)
 
 
-def ratio(over: Samples, under: Samples) -> Spread:
+def ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
     """`over / under`, round by round."""
-    return Spread.of([a / b for a, b in zip(over.step, under.step, strict=True)])
+    return Spread.of([a / b for a, b in zip(over, under, strict=True)])
 
 
 def measure(
@@ -73,6 +74,7 @@ def measure(
     *,
     sync: Callable[[], object] = lambda: None,
     tell: Callable[[str], object] = lambda text: None,
+    ready: Callable[[], object] = lambda: None,
     warm: int = 20,
 ) -> dict[str, Samples]:
     """Run `rounds` rounds.
@@ -82,6 +84,7 @@ def measure(
         rounds: how many.
         sync: waits for the device; called before each look at the clock.
         tell: is told what goes on.
+        ready: called after the warm-up, when each contender has taken the same number of steps.
         warm: steps that are run untimed before each slice, so that no contender pays for the caches that another one filled.
     """
     found: dict[str, Samples] = {}
@@ -90,6 +93,7 @@ def measure(
         first, _ = _timed(one, 1, sync)
         found[one.key] = Samples(one.label, round(first, 3))
         one.run(max(warm, 2))
+    ready()
     gc.collect()
     gc.freeze()  # else each collection below walks the million objects of torch
     dice = random.Random(0)

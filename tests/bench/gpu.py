@@ -1,0 +1,539 @@
+"""What can only be seen on a GPU: `python tests/bench/gpu.py [--parts laws,sync,memory,time] [--write [FOLDER]]`.
+
+Runs from the source tree on a machine without network; the core of ftrain needs torch, numpy, optree and lazy_loader there.
+
+- laws: the whole step is one graph, compiled equals eager, donation keeps the memory and gives the same values, dropout is a function of
+  (seed, step), the global generators stay as they were, two fits agree, a run compiles once and once more for a short batch.
+- sync: no step between two log points waits for the device. On CUDA 200 steps run under `set_sync_debug_mode("error")`; on a CPU
+  (`--cpu`, which is there to try this script out) the profiler counts `aten::_local_scalar_dense`.
+- memory: peak of the allocator above what was allocated before the model existed, over steady steps of a 24 M MLP.
+- time: the contenders of run.py on the device.
+
+Ends with status 1 where a law does not hold; times and memory are only shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib.util
+import os
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PARTS = ("laws", "sync", "memory", "time")
+NEEDED = ("torch", "numpy", "optree", "lazy_loader")
+
+
+def needs() -> None:
+    """Say what is missing before an import fails half-way."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        names = " ".join(missing)
+        sys.exit(
+            f"tests/bench/gpu.py: not installed here: {names}. With a network: python -m pip install {names}\n"
+            "Without: download the wheels elsewhere for this Python (python -m pip download --no-deps --only-binary=:all: "
+            f"--python-version {sys.version_info[0]}.{sys.version_info[1]} --platform manylinux_2_28_x86_64 -d wheels {names}), "
+            "bring them here, and: python -m pip install --no-index --no-deps wheels/*.whl"
+        )
+
+
+def main() -> int:
+    args = _arguments()
+    needs()
+    sys.path.insert(0, str(ROOT))  # the source tree, wherever the script is started
+    os.environ["TERM"], os.environ["COLUMNS"] = "xterm-256color", "120"
+    import torch
+
+    if not args.cpu and not torch.cuda.is_available():
+        sys.exit("tests/bench/gpu.py: torch sees no CUDA device. To try the script out on a CPU: --cpu")
+    if args.cpu:
+        torch.set_num_threads(1)
+    import report
+
+    device = "cpu" if args.cpu else "cuda"
+    about = report.machine(["ftrain", "torch", "triton", "lightning", "numpy", "optree"])
+    if not args.cpu:
+        found = torch.cuda.get_device_properties(0)
+        about["gpu"] = f"{found.name}, {found.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+    began = time.perf_counter()
+    parts = args.parts.split(",")
+    tables, bars, data = [], [], {}
+    rows: list[list[str]] = []
+    if "laws" in parts:
+        rows += [_verdict(check, device) for check in LAWS]
+    if "sync" in parts:
+        rows += [_verdict(check, device) for check in SYNC]
+    if rows:
+        data["checks"] = [dict(zip(("check", "verdict", "detail"), row, strict=True)) for row in rows]
+        tables.append(
+            report.Table("Checks", "What the laws of the design say, on this device.", ["", "", ""], rows, text=3)
+        )
+    if "memory" in parts:
+        peaks = memory(device)
+        if peaks:
+            data["memory"] = peaks
+            tables.append(_memory_table(report, peaks))
+            bars.append(_memory_bar(report, peaks))
+    if "time" in parts:
+        table, samples = timing(device, args.rounds, report)
+        tables.append(table)
+        data["time"] = report.samples(samples)
+    if bars:
+        tables.append(report.bars(bars))
+    about["took"] = f"{time.perf_counter() - began:.0f} s"
+    print(report.text(about, tables))
+    if args.write:
+        path = Path(args.write) / ("gpu-on-cpu" if args.cpu else "gpu")
+        for written in report.write(path, "Checks, speed and memory on a GPU", about, tables, bars=bars, data=data):
+            print(f"wrote {written}")
+    return int(any(row[1] != "PASS" for row in rows))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Check and time ftrain on a GPU.")
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU, to try the script out")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds of the timing")
+    folder = str(ROOT / "docs" / "benchmarks")
+    parser.add_argument(
+        "--write",
+        nargs="?",
+        const=folder,
+        metavar="FOLDER",
+        help="write gpu.md and gpu.json (default: docs/benchmarks)",
+    )
+    args = parser.parse_args()
+    unknown = set(args.parts.split(",")) - set(PARTS)
+    if unknown:
+        parser.error(f"--parts: no such part: {', '.join(sorted(unknown))}")
+    return args
+
+
+def _verdict(check: Callable[[str], str], device: str) -> list[str]:
+    """Run a check. What it returns is shown; an assertion that fails is a FAIL, anything else that is raised an ERROR."""
+    name = (check.__doc__ or check.__name__).splitlines()[0].rstrip(".")
+    print(f"check: {name}", file=sys.stderr, flush=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return [name, "PASS", check(device)]
+    except AssertionError as error:
+        return [name, "FAIL", " ".join(str(error).split())[:300]]
+    except Exception as error:  # the other checks are still worth running
+        traceback.print_exc()
+        return [name, "ERROR", f"{type(error).__name__}: {error}".splitlines()[0][:300]]
+
+
+# --------------------------------------------------------------------------------------------------------------- the laws
+
+
+def _leaves(tree: Any) -> list[Any]:
+    import ftrain as ft
+
+    return ft.tree.leaves(tree)
+
+
+def _run(step: Any, state: Any, batches: list[Any], steps: int) -> Any:
+    for i in range(steps):
+        state, _ = step(state, batches[i % len(batches)])
+    return state
+
+
+def _apart(a: Any, b: Any, start: Any) -> float:
+    """The largest difference of two states' parameters, relative to the largest change since the start."""
+    moved = max(float((x - s).abs().max()) for x, s in zip(_leaves(b.params), _leaves(start.params), strict=True))
+    assert moved > 0, "nothing was trained"
+    return max(float((x - y).abs().max()) for x, y in zip(_leaves(a.params), _leaves(b.params), strict=True)) / moved
+
+
+def _same(a: Any, b: Any) -> bool:
+    import torch
+
+    return all(torch.equal(x, y) for x, y in zip(_leaves(a), _leaves(b), strict=True))
+
+
+def _mlp(device: str, dropout: float = 0.0) -> tuple[Any, Any, Any]:
+    """A state, an eager step and batches."""
+    import cases
+
+    problem = cases.small(device)
+    state, step = cases.ft_parts(problem, dropout)
+    return state, step, problem.batches
+
+
+def whole_step(device: str) -> str:
+    """The whole step is one graph."""
+    import ftrain as ft
+
+    state, step, batches = _mlp(device)
+    fast = ft.compile(step)
+    _run(fast, state, batches, 3)
+    assert fast.rung == "step", f"rung {fast.rung}: {fast.reason}"
+    assert fast.compiles == 1, f"{fast.compiles} compilations"
+    return f"rung {fast.rung}, {fast.compiles} compilation"
+
+
+def equal_mlp(device: str) -> str:
+    """Compiled equals eager: MLP, AdamW, float32, 20 steps."""
+    import ftrain as ft
+
+    state, step, batches = _mlp(device)
+    off = _apart(_run(ft.compile(step, donate=False), state, batches, 20), _run(step, state, batches, 20), state)
+    assert off < 1e-3, f"differs by {off:.1e} of the update"
+    return f"differs by {off:.1e} of the update"
+
+
+def equal_cnn(device: str) -> str:
+    """Compiled equals eager: CNN with batch norm, momentum, float64, 20 steps."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    import ftrain as ft
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10)
+    ).double()
+    tx = ft.optim.sgd(0.1, momentum=0.9)
+    step = ft.train_step(model, lambda model, batch: F.cross_entropy(model(batch["x"]), batch["y"]), tx)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 16, 1, 8, 8, generator=draw, dtype=torch.float64).to(device)
+    y = torch.randint(0, 10, (4, 16), generator=draw).to(device)
+    batches = [{"x": x[i], "y": y[i]} for i in range(4)]
+    state = ft.init(model, tx, seed=0, device=device)
+    compiled, eager = _run(ft.compile(step, donate=False), state, batches, 20), _run(step, state, batches, 20)
+    off = _apart(compiled, eager, state)
+    mean = "1.running_mean"
+    buffers = float((compiled.buffers[mean] - eager.buffers[mean]).abs().max())
+    assert off < 1e-9, f"parameters differ by {off:.1e} of the update"
+    assert buffers < 1e-9, f"running means differ by {buffers:.1e}"
+    return f"differs by {off:.1e} of the update"
+
+
+def kept(device: str) -> str:
+    """A step that is not donated leaves its input bitwise unchanged."""
+    import ftrain as ft
+
+    state, step, batches = _mlp(device)
+    before = state.copy()
+    fast = ft.compile(step, donate=False)
+    _run(fast, state, batches, 5)
+    assert _same(state, before), "the input state changed"
+    return f"{len(_leaves(state))} leaves, 5 steps"
+
+
+def donated(device: str) -> str:
+    """A donated step gives the same values in the same memory, and its input raises."""
+    import ftrain as ft
+
+    state, step, batches = _mlp(device)
+    want = _run(ft.compile(step, donate=False), state, batches, 20)
+    start, first = state.copy(), state.copy()
+    addresses = [leaf.data_ptr() for leaf in _leaves(first)]
+    last = _run(ft.compile(step), first, batches, 20)
+    assert [leaf.data_ptr() for leaf in _leaves(last)] == addresses, "a leaf moved"
+    off = _apart(last, want, start)
+    assert off < 1e-3, f"differs from the step that is not donated by {off:.1e} of the update"
+    try:
+        _ = first.params
+    except ft.errors.DonatedStateError:
+        return f"{len(addresses)} leaves in place, values differ by {off:.1e} of the update"
+    raise AssertionError("the donated state can still be read")
+
+
+def dropout(device: str) -> str:
+    """Dropout is a function of (seed, step), compiled and eager; the global generators stay as they were."""
+    import torch
+
+    import ftrain as ft
+
+    state, step, batches = _mlp(device, dropout=0.5)
+    for name, one in [("eager", step), ("compiled", ft.compile(step, donate=False))]:
+        one(state, batches[0])  # compiles
+        torch.manual_seed(1)
+        cpu, gpu = torch.get_rng_state(), torch.cuda.get_rng_state() if device == "cuda" else None
+        a, _ = one(state, batches[0])
+        assert torch.equal(torch.get_rng_state(), cpu), f"{name}: torch's CPU generator moved"
+        assert gpu is None or torch.equal(torch.cuda.get_rng_state(), gpu), f"{name}: torch's CUDA generator moved"
+        torch.manual_seed(2)
+        b, _ = one(state, batches[0])
+        assert _same(a, b), f"{name}: the same state and batch gave another result"
+        later, _ = one(state.replace(step=state.step + 1), batches[0])
+        other, _ = one(state.replace(seed=state.seed + 1), batches[0])
+        assert not _same(a.params, later.params), f"{name}: the next step drew the same numbers"
+        assert not _same(a.params, other.params), f"{name}: another seed drew the same numbers"
+    return "p = 0.5, bitwise"
+
+
+def fits_agree(device: str) -> str:
+    """Two fits from one state agree bitwise; one program, at most one more for the short last batch."""
+    import torch
+
+    import ftrain as ft
+
+    state, step, batches = _mlp(device, dropout=0.1)
+    arrays = {name: torch.cat([batch[name] for batch in batches[:20]])[:310] for name in ("x", "y")}
+    fast = ft.compile(step)
+    a, b = (ft.fit(state, fast, arrays, batch_size=16, epochs=3, progress=False) for _ in range(2))
+    assert _same(a.state, b.state), "the two fits differ"
+    assert (a.history["loss"] == b.history["loss"]).all(), "the histories differ"
+    assert fast.compiles <= 2, f"{fast.compiles} compilations: {fast.recompiles}"
+    return f"{a.state.counters().step} steps, {fast.compiles} compilations"
+
+
+LAWS = [whole_step, equal_mlp, equal_cnn, kept, donated, dropout, fits_agree]
+
+
+# ----------------------------------------------------------------------------------------------- no waiting for the device
+
+
+@contextlib.contextmanager
+def no_sync(device: str) -> Iterator[None]:
+    """What waits for the device in here raises an AssertionError (on a CPU: at the end of the block)."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            raise AssertionError(f"{error} {_where(error)}") from error
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        yield
+    reads = sum(event.count for event in profile.key_averages() if event.key == "aten::_local_scalar_dense")
+    assert not reads, f"{reads} reads of a value"
+
+
+def _where(error: BaseException) -> str:
+    """The innermost line of ftrain in a traceback."""
+    lines = [f for f in traceback.extract_tb(error.__traceback__) if "ftrain" in Path(f.filename).parts]
+    return f"at ftrain/{lines[-1].filename.rpartition('/ftrain/')[2]}:{lines[-1].lineno}" if lines else ""
+
+
+def planted(device: str) -> str:
+    """The sync check sees a planted `.item()`."""
+    import torch
+
+    value = torch.ones((), device=device)
+    try:
+        with no_sync(device):
+            value.item()
+    except AssertionError:
+        return "seen"
+    raise AssertionError("it went unnoticed")
+
+
+def _bare(device: str, dropout: float, donate: bool) -> str:
+    import ftrain as ft
+
+    state, step, batches = _mlp(device, dropout)
+    fast = ft.compile(step, donate=donate)
+    state = _run(fast, state, batches, 5)
+    with no_sync(device):
+        _run(fast, state, batches, 200)
+    return f"200 steps, rung {fast.rung}"
+
+
+def sync_donated(device: str) -> str:
+    """No sync: compiled, donated, bare loop."""
+    return _bare(device, 0.0, True)
+
+
+def sync_kept(device: str) -> str:
+    """No sync: compiled, not donated, bare loop."""
+    return _bare(device, 0.0, False)
+
+
+def sync_dropout(device: str) -> str:
+    """No sync: compiled, donated, dropout, bare loop."""
+    return _bare(device, 0.5, True)
+
+
+def sync_eager(device: str) -> str:
+    """No sync: eager step, dropout, bare loop."""
+    state, step, batches = _mlp(device, 0.5)
+    state = _run(step, state, batches, 5)
+    with no_sync(device):
+        _run(step, state, batches, 200)
+    return "200 steps"
+
+
+def sync_recipe(device: str) -> str:
+    """No sync: eager step, clipping and a schedule, bare loop."""
+    import cases
+
+    import ftrain as ft
+
+    problem = cases.small(device)
+    model = problem.model()
+    schedule = ft.schedules.warmup_cosine(1e-3, 50, 300)
+    tx = ft.optim.chain(ft.optim.clip_by_global_norm(1.0), ft.optim.adamw(schedule))
+    step = ft.train_step(model, cases.loss_fn, tx)
+    state = _run(step, ft.init(model, tx), problem.batches, 5)
+    with no_sync(device):
+        _run(step, state, problem.batches, 200)
+    return "200 steps"
+
+
+def _loop(device: str, batches: Callable[[list[Any]], list[Any]]) -> str:
+    import ftrain as ft
+
+    state, step, ready = _mlp(device, 0.5)
+    ticks = ft.loop(state, ft.compile(step), batches(ready), steps=205)
+    for _ in range(5):
+        next(ticks)
+    with no_sync(device):
+        for _ in range(199):
+            next(ticks)
+    ticks.close()
+    return "199 steps"
+
+
+def sync_loop(device: str) -> str:
+    """No sync: ft.loop over a compiled step."""
+    return _loop(device, lambda batches: batches)
+
+
+def sync_host(device: str) -> str:
+    """No sync: ft.loop, batches of numpy arrays from the host."""
+    return _loop(device, lambda batches: [{k: v.cpu().numpy() for k, v in batch.items()} for batch in batches])
+
+
+def sync_fit(device: str) -> str:
+    """No sync: ft.fit with progress and history, between two log points."""
+    import cases
+
+    import ftrain as ft
+
+    state, step, batches = _mlp(device, 0.5)
+    fast = ft.compile(step)
+    ft.fit(state, fast, batches, steps=3, progress=False)
+    guard = no_sync(device)
+
+    def data(epoch: int) -> Iterator[Any]:
+        for i, batch in enumerate(batches):
+            if i == 10:
+                guard.__enter__()
+            if i == 210:
+                guard.__exit__(None, None, None)
+            yield batch
+
+    with contextlib.redirect_stdout(cases.Nowhere(terminal=False)):  # type: ignore[type-var]
+        try:
+            result = ft.fit(state, fast, data, steps=300, log=ft.every(steps=300))
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            raise AssertionError(f"{error} {_where(error)}") from error
+        finally:
+            _default_mode(device)
+    assert len(result.history) == 1, f"{len(result.history)} log points in between"
+    return f"200 of 300 steps, rung {fast.rung}"
+
+
+def _default_mode(device: str) -> None:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+
+
+SYNC = [planted, sync_donated, sync_kept, sync_dropout, sync_eager, sync_recipe, sync_loop, sync_host, sync_fit]
+
+
+# --------------------------------------------------------------------------------------------------------- memory and time
+
+
+def memory(device: str) -> dict[str, dict[str, float]]:
+    """Peaks in MB above what was allocated before, for steps 4 to 8; {} on a CPU (see memory.py)."""
+    import cases
+    import torch
+
+    if device == "cpu":
+        print("memory: on a CPU it is measured by tests/bench/run.py", file=sys.stderr)
+        return {}
+    problem = cases.large(device)
+    found = {}
+    makers = {
+        "hand": lambda: cases.hand_eager(problem),
+        "donated": lambda: cases.ft_bare(problem),
+        "kept": lambda: cases.ft_bare(problem, donate=False),
+    }
+    for kind, make in makers.items():
+        print(f"memory: {kind}", file=sys.stderr, flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        run = make()
+        run(3)
+        gc.collect()  # the module that the state was made from
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        run(5)
+        torch.cuda.synchronize()
+        found[kind] = {
+            "peak_mb": (torch.cuda.max_memory_allocated() - before) / 1e6,
+            "between_steps_mb": (torch.cuda.memory_allocated() - before) / 1e6,
+            "parameters_mb": problem.parameters() * 4 / 1e6,
+        }
+        del run
+    return found
+
+
+def _memory_table(report: Any, peaks: dict[str, dict[str, float]]) -> Any:
+    labels = {"hand": "hand-written, fused AdamW", "donated": "ft.compile, donated", "kept": "ft.compile, not donated"}
+    rows = [
+        [
+            labels[kind],
+            f"{one['peak_mb']:.0f}",
+            f"{one['between_steps_mb']:.0f}",
+            f"{one['peak_mb'] / peaks['hand']['peak_mb']:.2f}",
+        ]
+        for kind, one in peaks.items()
+    ]
+    note = "Peak of CUDA's allocator over steady steps above what was allocated before the model was made, in MB."
+    return report.Table("24 M MLP, peak memory", note, ["", "peak", "between steps", "x hand-written"], rows)
+
+
+def _memory_bar(report: Any, peaks: dict[str, dict[str, float]]) -> Any:
+    value = peaks["donated"]["peak_mb"] / peaks["hand"]["peak_mb"]
+    return report.Bar("24 M MLP: peak memory donated / hand-written", 0.85, report.Spread(value, value, value))
+
+
+def timing(device: str, number: int, report: Any) -> tuple[Any, Any]:
+    import cases
+    import rounds
+    import torch
+
+    lightning = importlib.util.find_spec("lightning") is not None
+    with tempfile.TemporaryDirectory(prefix="ftrain-bench-") as root, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        contenders = cases.small_contenders(cases.small(device), root if lightning else None, scale=2)
+        found = rounds.measure(
+            contenders,
+            number,
+            sync=torch.cuda.synchronize if device == "cuda" else lambda: None,
+            tell=lambda text: print(f"time: {text}", file=sys.stderr, flush=True),
+            ready=lambda: cases.agree(contenders),
+        )
+    note = f"32-32-32-10, ReLU, batch 16, AdamW, float32, batches on the device, {number} rounds; columns as in cpu.md."
+    return report.times("Small MLP, time", note, found, "hand_eager"), found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
