@@ -88,7 +88,7 @@ class TrainState:
     _version: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
-        if not torch.compiler.is_compiling() and type(self.step) is Tensor:
+        if not torch.compiler.is_compiling() and type(self.step) is Tensor and not self.step.is_inference():
             self.__dict__["_version"] = self.step._version
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -391,6 +391,9 @@ def init(
         # A copy always: `.to` alone would alias the module's memory where the device is the same.
         return leaf.detach().to(where, copy=True).contiguous()
 
+    if torch.is_inference_mode_enabled():  # tensors made in there could never be trained
+        with torch.inference_mode(False):
+            return init(model, tx, seed=seed, device=device, trainable=trainable)
     params = {name: own(p) for name, p in named.items() if name in chosen}
 
     def count(n: int) -> Tensor:

@@ -58,6 +58,6 @@ def _convert(leaf: Any, path: str, device: torch.device) -> Tensor:
             where=path,
             expected="a tensor, a numeric numpy array or a number",
             got=tree.describe(leaf),
-            fix="leave it out where the batch is made, e.g. in collate_fn",
+            fix="make batches of dicts, tuples or lists of tensors; leave out what is not numeric, e.g. in collate_fn",
         )
     )

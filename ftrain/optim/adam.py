@@ -110,6 +110,17 @@ def _adam(
 
     def init(params: Any, /) -> AdamState:
         _decaying(mask, params)
+        for path, leaf in tree.items(params, root="params"):
+            if leaf.is_complex():
+                raise ModelError(
+                    explain(
+                        "adam: complex parameters are not supported.",
+                        where=path,
+                        expected="a real floating dtype",
+                        got=tree.describe(leaf),
+                        fix="keep the real and the imaginary part as one real parameter: torch.view_as_real(parameter)",
+                    )
+                )
         return AdamState(new_count(params), tree.map(torch.zeros_like, params), tree.map(torch.zeros_like, params))
 
     def update(grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]:

@@ -102,9 +102,14 @@ def over(rule: Callable[..., Any], first: Any, *rest: Any) -> Any:
     if _one_by_one():
         rows = [rule(*row) for row in zip(*lists, strict=True)]
         if isinstance(rows[0], tuple):
-            return tuple([tree.unflatten(shape, column) for column in zip(*rows, strict=True)])
-        return tree.unflatten(shape, rows)
+            return tuple([tree.unflatten(shape, _as(lists[0], column)) for column in zip(*rows, strict=True)])
+        return tree.unflatten(shape, _as(lists[0], rows))
     out = rule(*[Leaves(found) for found in lists])
     if isinstance(out, tuple):
-        return tuple([tree.unflatten(shape, one.tensors) for one in out])
-    return tree.unflatten(shape, out.tensors)
+        return tuple([tree.unflatten(shape, _as(lists[0], one.tensors)) for one in out])
+    return tree.unflatten(shape, _as(lists[0], out.tensors))
+
+
+def _as(refs: list[Tensor], found: Any) -> list[Tensor]:
+    """In the dtypes of the first tree: a 0-d leaf is promoted by a 0-d hyper-parameter of float64, others are not."""
+    return [one if one.dtype == ref.dtype else one.to(ref.dtype) for one, ref in zip(found, refs, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import warnings
 from collections.abc import Callable
@@ -103,14 +104,21 @@ def compiler(backend: str | Callable[..., Any], mode: str | None, options: dict[
 
 _LIBRARY = ("__import_ftrain_", "__import_torch_", "__import_optree", "__builtins_dict__")
 _STRUCTURAL = ("EMPTY_NN_MODULE_HOOKS_DICT", "NOT_PRESENT_IN_GENERIC_DICT", "DUPLICATE_INPUT")
-_SLOTS = ("param_slots", "buffer_slots", "param_names", "buffer_names", "._parameters", "._buffers", "._modules")
+_SLOTS = re.compile(
+    r"\.(param_slots|buffer_slots|param_names|buffer_names|names|shapes)\b|\._(parameters|buffers|modules)$"
+)
+_DICTS = re.compile(r"\._(parameters|buffers)\b")
+_SUBMODULE = re.compile(r"\._modules\['[^']*'\]")
 
 
-def worth_guarding(entries: Any) -> list[bool]:
+def worth_guarding(own_names: set[str]) -> Callable[[Any], list[bool]]:
     """Which of dynamo's guards to keep: those on the state, the batch, and what a user can change between two calls.
 
     Left out are guards on the code of torch, optree and ftrain itself, and on the structure of the private copy of the module,
     which nobody else holds. Values in it (an attribute that the forward pass changes) stay guarded.
+
+    Args:
+        own_names: the globals of the traced function that are ftrain's.
     """
 
     def keep(name: str, kind: str, value: object) -> bool:
@@ -118,16 +126,17 @@ def worth_guarding(entries: Any) -> list[bool]:
             return True
         if any(mark in name for mark in _LIBRARY) or name.startswith(("type(", "dict(type(")):
             return False
-        if name.startswith("G['") and not name.startswith(("G['_step_']", "G['__import_")):
+        if name.startswith("G['") and name[3:].partition("'")[0] in own_names:
             return False
         if kind == "DUPLICATE_INPUT":
             return False
         if ".skeleton" in name:
             private = kind in _STRUCTURAL or isinstance(value, torch.nn.Module)
-            return not (private or any(mark in name for mark in _SLOTS))
+            inner = _SUBMODULE.sub("", name)
+            return not (private or _SLOTS.search(inner) or _DICTS.search(inner))
         return True
 
-    return [keep(e.name, e.guard_type, e.value if e.has_value else None) for e in entries]
+    return lambda entries: [keep(e.name, e.guard_type, e.value if e.has_value else None) for e in entries]
 
 
 def checkpoints(graph: torch.fx.GraphModule) -> bool:

@@ -38,7 +38,7 @@ def batch_size(batch: Batch) -> int:
     16
     """
     if type(batch) is dict and batch:  # the usual batch, without the cost of a general tree
-        leaf = batch[min(batch)]
+        leaf = next(iter(batch.values()))
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
             return leaf.shape[0]
     for leaf in tree.leaves(batch):
@@ -57,6 +57,10 @@ class Bound:
 
     def __repr__(self) -> str:
         return f"bind({type(self.skeleton.module).__name__}, {getattr(self.loss_fn, '__name__', self.loss_fn)})"
+
+    def outer(self, tensor: Tensor) -> str | None:
+        """The name that a tensor has in the module from which this was made, if it is one of its parameters."""
+        return self.skeleton.outer.get(id(tensor))
 
     def scope(self, params: Params, buffers: Params) -> AbstractContextManager[nn.Module]:
         """The module with these leaves in place, as a context; hold it open until the backward has finished."""

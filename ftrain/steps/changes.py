@@ -66,5 +66,7 @@ def first_line(error: BaseException) -> str:
     cause = error
     while not isinstance(cause, Refused) and (cause.__cause__ or getattr(cause, "inner_exception", None)) is not None:
         cause = cause.__cause__ or cause.inner_exception  # type: ignore[attr-defined]  # BackendCompilerFailed has one
+    if "requires_grad_()" in str(cause):
+        return "the model or loss_fn stores a tensor with a gradient outside of the state (self.last = activation, say)"
     text = next((line for line in str(cause).splitlines() if line.strip()), "no message")
     return text if isinstance(cause, Refused) else f"{type(cause).__name__}: {text.strip()}"

@@ -160,6 +160,9 @@ class CompiledStep:
         return f"compile({self.step!r}, donate={self.donate}, rung={self.rung or self.requested!r})"
 
     def __call__(self, state: TrainState, batch: Batch) -> Any:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return self(state, batch)
         if self._programs:  # the way of every call but the first ones
             given = _as_leaves(state) if _LEAVES_OUTSIDE else state
             for program in self._programs:
@@ -262,7 +265,7 @@ class CompiledStep:
                 backend=functools.partial(self._backend, True),
                 fullgraph=True,
                 dynamic=self._dynamic,
-                options={"guard_filter_fn": worth_guarding},
+                options={"guard_filter_fn": worth_guarding(set(globals()))},
             )
             self._code = fn
         structure = tree.structure(state)
@@ -350,6 +353,8 @@ class CompiledStep:
         return self._parts[name]  # type: ignore[no-any-return]  # what was stored above
 
     def _backend(self, whole: bool, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        if whole and not _LEAVES_OUTSIDE and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            raise Refused("the loss depends on parameters that are not in the state")
         if whole and checkpoints(graph):
             # 2.11 drops the recomputation silently, 2.13 refuses random operations in it (SDPA counts as one).
             raise Refused("the model uses activation checkpointing, which one graph would not recompute")

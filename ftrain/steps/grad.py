@@ -7,6 +7,8 @@ and DTensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,9 @@ __all__ = ["SingleDevice", "value_and_grad"]
 class SingleDevice:
     """The engine for one device: plain tensors, `torch.autograd.grad`."""
 
+    def __init__(self) -> None:
+        self._looked = False
+
     def value_and_grad(
         self, loss_fn: LossFn, params: Params, buffers: Params, batch: Batch, rng: Tensor, /
     ) -> tuple[Params, Mean, tuple[dict[str, Metric], Params]]:
@@ -32,6 +37,9 @@ class SingleDevice:
             loss, (metrics, new_buffers) = loss_fn(leaves, buffers, batch, rng)
             if not loss.total.requires_grad:
                 raise LossError(_unconnected(leaves))
+            if not self._looked and not torch.compiler.is_compiling():
+                _check_graph(loss.total, leaves, getattr(loss_fn, "outer", None))
+                self._looked = True
             mean = loss.total / loss.weight
             grads = torch.autograd.grad(mean, list(leaves.values()), materialize_grads=True)
         found = dict(zip(leaves, grads, strict=True))
@@ -78,6 +86,37 @@ def _detached(metric: Metric) -> Metric:
         return metric
     found: Metric = tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, metric)
     return found
+
+
+def _check_graph(loss: Tensor, leaves: Params, outer: Callable[[Tensor], str | None] | None) -> None:
+    """Look once at what the loss depends on: some parameter of the state, and none from elsewhere."""
+    own = {id(leaf) for leaf in leaves.values()}
+    found: dict[int, Tensor] = {}
+    seen, todo = set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # of an AccumulateGrad node: the leaf that it stands for
+        if isinstance(variable, Tensor):
+            found[id(variable)] = variable
+        todo.extend(following for following, _ in node.next_functions)
+    for key, variable in found.items():
+        if key not in own:
+            name = outer(variable) if outer is not None else None
+            what = f"{name!r} of the outer model" if name else tree.describe(variable)
+            raise LossError(
+                explain(
+                    "the loss depends on a parameter that is not in the state, which no step would train.",
+                    where=what,
+                    expected=f"a loss that depends on the argument `model` alone, with: {', '.join(list(leaves)[:6])}",
+                    cause="loss_fn uses the outer model (or another module with parameters) instead of its argument",
+                    fix="def loss_fn(model, batch): ...   # only this `model`; parameters of a criterion belong into it too",
+                )
+            )
+    if found.keys().isdisjoint(own) and loss.grad_fn is not None and found:
+        raise LossError(_unconnected(leaves))
 
 
 def _unconnected(leaves: Params) -> str:

@@ -57,6 +57,7 @@ class Skeleton:
             self.module.train()
         self.param_names = tuple(named)
         self.buffer_names = tuple(buffers)
+        self.outer = {id(leaf): name for name, leaf in named.items()}
         self.shapes = {name: leaf.shape for name, leaf in {**named, **buffers}.items()}
         self.names = {*self.param_names, *self.buffer_names}
         self.modules = list(self.module.modules())
@@ -116,6 +117,15 @@ def _read_weights_from_slots(rnn: nn.RNNBase) -> None:
     rnn.__class__ = type(kind.__name__, (kind,), own)
 
 
+def _forget_tensors(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Take back what the forward pass stored: a tensor on a module would outlive the call, with its graph and the leaves."""
+    for key in [k for k, value in now.items() if isinstance(value, Tensor) and value is not before.get(k)]:
+        if key in before:
+            now[key] = before[key]
+        else:
+            del now[key]
+
+
 class Installed:
     """Context in which a skeleton holds the given leaves; gives its module.
 
@@ -139,6 +149,7 @@ class Installed:
             module._buffers[key] = own[name]
         if not torch.compiler.is_compiling():
             self.modes = [module.training for module in skeleton.modules]
+            self.kept = [(dict(module.__dict__), dict(module._buffers)) for module in skeleton.modules]
         return skeleton.module
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
@@ -151,6 +162,12 @@ class Installed:
             for module, training in zip(skeleton.modules, self.modes, strict=True):
                 if module.training != training:
                     module.training = training
+            for module, (attributes, buffers) in zip(skeleton.modules, self.kept, strict=True):
+                _forget_tensors(module.__dict__, attributes)
+                for key in module._buffers.keys() - buffers.keys():
+                    del module._buffers[key]
+                for key in [k for k, b in buffers.items() if b is None]:
+                    module._buffers[key] = None
 
     def buffers(self) -> dict[str, Tensor]:
         """All leaves that came in as buffers, with the values that the module left; frozen parameters as they came."""

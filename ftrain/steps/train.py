@@ -48,6 +48,9 @@ class TrainStep:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if torch.compiler.is_compiling():
             return self._step(state, batch)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return self(state, batch)
         check_state(state, "a train step")
         check_batch(batch, state.device)
         self.check(state)
@@ -185,7 +188,9 @@ def _bad_batch(batch: Batch, device: torch.device) -> None:
                     where=path,
                     expected=f"a tensor on {device}",
                     got=tree.describe(leaf),
-                    fix=f"torch.as_tensor({path})   # ft.fit and ft.loop convert arrays and numbers by themselves",
+                    fix=f"torch.as_tensor({path})   # ft.fit and ft.loop convert arrays and numbers by themselves"
+                    if isinstance(leaf, (bool, int, float)) or hasattr(leaf, "__array__")
+                    else "a dict, tuple or list of tensors; leave out what is not numeric",
                 )
             )
         if leaf.device != device:
