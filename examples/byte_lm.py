@@ -49,10 +49,9 @@ class GPT(nn.Module):
         self.context = context
         self.byte, self.place = nn.Embedding(256, width), nn.Embedding(context, width)
         self.blocks = nn.Sequential(nn.Dropout(dropout), *(Block(width, dropout) for _ in range(layers)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256, bias=False)
-        for weight in (p for p in self.parameters() if p.ndim == 2):
-            nn.init.normal_(weight, std=0.02)
-        self.head.weight = self.byte.weight  # tied: one leaf of the state
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256)
+        for embedding in (self.byte, self.place):
+            nn.init.normal_(embedding.weight, std=0.1)
 
     def forward(self, x):
         places = torch.arange(x.shape[1], device=x.device)
@@ -117,7 +116,7 @@ def main() -> None:
     torch.manual_seed(args.seed)  # for the first weights
     model = GPT(args.layers, args.width, args.context, args.dropout)
     schedule = ft.schedules.warmup_cosine(args.lr, args.steps // 10, args.steps, end=args.lr / 10)
-    decay = ft.optim.adamw(schedule, weight_decay=0.1, mask=lambda path, p: p.ndim >= 2)  # no biases, no norms
+    decay = ft.optim.adamw(schedule, b2=0.99, weight_decay=0.1, mask=lambda path, p: p.ndim >= 2)  # no biases, no norms
     tx = ft.optim.chain(ft.optim.clip_by_global_norm(1.0), decay)
     state = ft.init(model, tx, seed=args.seed)
     when = ft.at(0) | ft.every(steps=max(args.steps // 5, 1)) | ft.at(args.steps)

@@ -256,7 +256,7 @@ def _generator(device: torch.device) -> torch.Generator:
 
 
 class seeded:
-    """Context in which torch's default generators draw from `seed`; afterwards they are as they were.
+    """Context in which torch's default generators draw from `seed`, which it gives; afterwards they are as they were.
 
     Args:
         seed: any integer.
@@ -275,18 +275,19 @@ class seeded:
     __slots__ = ("_device", "_saved", "_seed")
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        self._seed = seed & ((1 << 63) - 1)
+        self._seed = seed
         self._device = device
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> int:
         cpu = torch.default_generator
         saved = [(cpu, cpu.get_state())]
-        cpu.manual_seed(self._seed)
+        cpu.manual_seed(self._seed & ((1 << 63) - 1))
         if self._device.type == "cuda":
             gpu = _generator(self._device)
             saved.append((gpu, gpu.get_state()))
-            gpu.manual_seed(self._seed)
+            gpu.manual_seed(self._seed & ((1 << 63) - 1))
         self._saved = saved
+        return self._seed
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         for generator, state in self._saved:

@@ -129,16 +129,14 @@ def _adam(
         # float64: 1 - b2 is lost to cancellation in float32 (6e-5 of it at b2 = 0.999, t = 1).
         t = count.to(torch.float64)
         root2 = (1.0 - beta2**t).sqrt()
-        size = rate * root2 / (1.0 - beta1**t)
-        small = epsilon * root2
+        size = rate / (1.0 - beta1**t)
 
         def rule(g: Any, p: Any, mu: Any, nu: Any) -> tuple[Any, Any, Any]:
             if decays and not decoupled:
                 g = g + p * decay
             mu = lerp(mu, g, 1.0 - beta1)
             nu = lerp(nu, g * g, 1.0 - beta2)
-            # the root of the bias correction stands outside: sqrt(nu) / root2 + eps = (sqrt(nu) + eps root2) / root2
-            change = mu / (nu.sqrt() + small) * -size
+            change = mu / (nu.sqrt() / root2 + epsilon) * -size
             return (change - p * (rate * decay) if decays and decoupled and mask is None else change), mu, nu
 
         updates, mu, nu = over(rule, grads, params, state.mu, state.nu)

@@ -64,7 +64,7 @@ class Bound:
 
     def scope(self, params: Params, buffers: Params) -> AbstractContextManager[nn.Module]:
         """The module with these leaves in place, as a context; hold it open until the backward has finished."""
-        return Installed(self.skeleton, params, buffers)
+        return Installed(self.skeleton, params, buffers, calls=False)
 
     def __call__(self, params: Params, buffers: Params, batch: Batch, rng: Tensor) -> Any:
         return region(self, self._call)(params, buffers, batch, rng)

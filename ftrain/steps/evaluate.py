@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import rng
 from ..metrics import normalise
 from ..state import TrainState, check_state
 from ..types import Batch, Metrics
 from .bind import batch_size, check_closure, takes_rng
 from .skeleton import Installed, Skeleton
-from .train import check_batch, seeded_by, step_key
+from .train import check_batch, seeded_by
 
 __all__ = ["eval_step", "predict_step", "to_module"]
 
@@ -34,14 +35,15 @@ class ReadStep:
             return self._read(state, batch)
         check_state(state, f"the step made from {self.name}")
         check_batch(batch, state.device)
-        with seeded_by(state):
-            return self._read(state, batch)
+        with seeded_by(state) as seed:
+            return self._read(state, batch, seed)
 
-    def _read(self, state: TrainState, batch: Batch) -> Any:
+    def _read(self, state: TrainState, batch: Batch, seed: int | None = None) -> Any:
+        key = rng.fold_in(state.seed, state.step) if seed is None else rng.key(seed, state.device)
         buffers = {**state.frozen, **state.buffers}
         self.skeleton.check(state.params, buffers)
         with torch.no_grad(), Installed(self.skeleton, state.params, buffers) as model:
-            out = self.fn(model, batch, step_key(state)) if self.wants_rng else self.fn(model, batch)
+            out = self.fn(model, batch, key) if self.wants_rng else self.fn(model, batch)
         return self._finish(out, batch)
 
     def _finish(self, out: Any, batch: Batch) -> Any:

@@ -119,7 +119,7 @@ def _read_weights_from_slots(rnn: nn.RNNBase) -> None:
 
 def _forget_tensors(now: dict[str, Any], before: dict[str, Any]) -> None:
     """Take back what the forward pass stored: a tensor on a module would outlive the call, with its graph and the leaves."""
-    for key in [k for k, value in now.items() if isinstance(value, Tensor) and value is not before.get(k)]:
+    for key in [k for k, value in now.items() if value is not before.get(k) and isinstance(value, Tensor)]:
         if key in before:
             now[key] = before[key]
         else:
@@ -132,7 +132,11 @@ class Installed:
     Buffers are installed as copies; `buffers()` reads what the module made of them.
     """
 
-    def __init__(self, skeleton: Skeleton, params: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
+    def __init__(
+        self, skeleton: Skeleton, params: dict[str, Tensor], buffers: dict[str, Tensor], *, calls: bool = True
+    ) -> None:
+        # Whether the user's function is called in here, after which the module must be as it was; a scope only holds leaves.
+        self.calls = calls and not torch.compiler.is_compiling()
         self.skeleton = skeleton
         self.params = params
         self.given = buffers
@@ -141,15 +145,16 @@ class Installed:
         skeleton = self.skeleton
         leaves = {**self.given, **self.params}
         own = {name: self.given[name].clone() for name in skeleton.buffer_names}
+        if self.calls:
+            self.kept = [(module.__dict__.copy(), module._buffers.copy()) for module in skeleton.modules]
         self.saved_params = [module._parameters[key] for module, key, _ in skeleton.param_slots]
         self.saved_buffers = [module._buffers[key] for module, key, _ in skeleton.buffer_slots]
         for module, key, name in skeleton.param_slots:
             module._parameters[key] = leaves[name]  # type: ignore[assignment]  # a plain tensor serves as a parameter
         for module, key, name in skeleton.buffer_slots:
             module._buffers[key] = own[name]
-        if not torch.compiler.is_compiling():
+        if self.calls:
             self.modes = [module.training for module in skeleton.modules]
-            self.kept = [(dict(module.__dict__), dict(module._buffers)) for module in skeleton.modules]
         return skeleton.module
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
@@ -158,16 +163,15 @@ class Installed:
             module._parameters[key] = param
         for (module, key, _), buffer in zip(skeleton.buffer_slots, self.saved_buffers, strict=True):
             module._buffers[key] = buffer
-        if not torch.compiler.is_compiling():
+        if self.calls:
             for module, training in zip(skeleton.modules, self.modes, strict=True):
                 if module.training != training:
                     module.training = training
             for module, (attributes, buffers) in zip(skeleton.modules, self.kept, strict=True):
                 _forget_tensors(module.__dict__, attributes)
-                for key in module._buffers.keys() - buffers.keys():
-                    del module._buffers[key]
-                for key in [k for k, b in buffers.items() if b is None]:
-                    module._buffers[key] = None
+                if buffers or module._buffers:
+                    module._buffers.clear()
+                    module._buffers.update(buffers)
 
     def buffers(self) -> dict[str, Tensor]:
         """All leaves that came in as buffers, with the values that the module left; frozen parameters as they came."""

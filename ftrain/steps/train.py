@@ -17,7 +17,7 @@ from .bind import batch_size, bind
 from .grad import value_and_grad
 from .regions import region
 
-__all__ = ["check_batch", "make_step", "seeded_by", "step_key", "train_step"]
+__all__ = ["check_batch", "make_step", "seeded_by", "train_step"]
 
 
 class TrainStep:
@@ -30,13 +30,15 @@ class TrainStep:
         check_transform(tx, "ft.make_step")
         self.grad_fn = grad_fn
         self.tx = tx
-        self._opt: Any = None  # the structure of the optimizer's state, known after the first call
+        self._opt: Any = None  # an optimizer's state without memory, and its structure: known after the first call
+        self._structure: Any = None
 
     def check(self, state: TrainState) -> None:
         """Raise unless the state was made with this optimizer."""
         if self._opt is None:
             self._opt = self.tx.init({name: torch.empty_like(p, device="meta") for name, p in state.params.items()})
-        if not tree.same_structure(self._opt, state.opt):
+            self._structure = tree.structure(self._opt)
+        if tree.structure(state.opt) != self._structure:
             tree.check_same(
                 self._opt,
                 state.opt,
@@ -54,11 +56,11 @@ class TrainStep:
         check_state(state, "a train step")
         check_batch(batch, state.device)
         self.check(state)
-        with seeded_by(state):
-            return self._step(state, batch)
+        with seeded_by(state) as seed:
+            return self._step(state, batch, seed)
 
-    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = step_key(state)
+    def _step(self, state: TrainState, batch: Batch, seed: int | None = None) -> tuple[TrainState, Metrics]:
+        key = rng.fold_in(state.seed, state.step) if seed is None else rng.key(seed, state.device)
         given = {**state.frozen, **state.buffers}
         grads, loss, (metrics, new) = self.grad_fn(state.params, given, batch, key)
         old = state.params
@@ -136,13 +138,6 @@ def train_step(model: nn.Module, loss_fn: Callable[..., Any], tx: Transform) -> 
     return make_step(value_and_grad(bind(model, loss_fn)), tx)
 
 
-def step_key(state: TrainState) -> Tensor:
-    """This step's key, `fold_in(seed, step)`; made from the host's copy of the counters where there is one."""
-    if not torch.compiler.is_compiling() and state._host is not None:
-        return rng.key(rng.fold_in_host(state._host.seed, state._host.step), state.device)
-    return rng.fold_in(state.seed, state.step)
-
-
 class _nothing:
     def __enter__(self) -> None: ...
 
@@ -150,7 +145,7 @@ class _nothing:
 
 
 def seeded_by(state: TrainState) -> rng.seeded | _nothing:
-    """Context in which torch's default generators are a function of the state's seed and step.
+    """Context in which torch's default generators are a function of the state's seed and step; gives that number, the key.
 
     Where the counters have no value of their own (fake tensors, inside vmap) it does nothing: whoever set that up decides about
     randomness.
