@@ -28,6 +28,8 @@ def load(held_out_bytes: int = 1 << 16) -> tuple[bytes, bytes]:
 
 
 class Block(nn.Module):
+    """Attention to the past, then a perceptron, each added to what came in."""
+
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -44,6 +46,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    """(batch, time) bytes -> (batch, time, 256) logits of the byte after each."""
+
     def __init__(self, layers: int, width: int, context: int, dropout: float) -> None:
         super().__init__()
         self.context = context
@@ -85,7 +89,7 @@ def sample(model: GPT, prompt: bytes, length: int, seed: int, temperature: float
     generator = torch.Generator().manual_seed(seed)
     found = torch.tensor([list(prompt)])
     for _ in range(length):
-        logits = model.eval()(found[:, -model.context :])[:, -1]
+        logits = model(found[:, -model.context :])[:, -1]
         new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
         found = torch.cat([found, new], dim=1)
     text = bytes(found[0].tolist()).decode("utf-8", "replace")
@@ -136,7 +140,7 @@ def main() -> None:
         if record.split == "val":
             print(f"{record.step:>8}  {record.metrics['loss']:>8.4f}  {record.metrics['bits_per_byte']:>13.3f}")
     print(f"{'gzip -9':>8}  {'':>8}  {yardstick:>13.3f}\n")
-    print(sample(ft.to_module(model, result.state), b"def ", 400, args.seed))
+    print(sample(ft.to_module(model, result.state).eval(), b"def ", 400, args.seed))
 
 
 if __name__ == "__main__":

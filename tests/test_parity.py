@@ -43,7 +43,7 @@ def deterministic(model: nn.Module) -> nn.Module:
 
 
 def by_hand(
-    model: nn.Module, loss_fn: Any, batches: list[Any], make: Any, clip: float | None, schedule: Any = None
+    model: nn.Module, loss_fn: Any, batches: list[Any], make: Any, clip: float | None, *, schedule: Any = None
 ) -> dict[str, torch.Tensor]:
     optimizer = make([p for p in model.parameters() if p.requires_grad])
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) if schedule else None
@@ -99,7 +99,9 @@ def test_fifty_compiled_steps() -> None:
     case = MODELS["two_heads"]
     module, tx = case.model(torch.float64), PAIRS["adamw"][0]()
     batches = case.batches(50, dtype=torch.float64)
-    result = ft.fit(ft.init(module, tx), ft.train_step(module, case.loss_fn, tx), batches, progress=False, backend="aot_eager")
+    result = ft.fit(
+        ft.init(module, tx), ft.train_step(module, case.loss_fn, tx), batches, progress=False, backend="aot_eager"
+    )
     expected = by_hand(case.model(torch.float64), case.loss_fn, batches, PAIRS["adamw"][1], None)
     assert furthest(module, result.state, expected) < 1e-10
 
@@ -152,4 +154,4 @@ def test_tied_weights_are_one_leaf() -> None:
 
 
 if __name__ == "__main__":
-    print({model: losses(model) for model in GOLDEN})
+    print({model: losses(model) for model in GOLDEN})  # noqa: T201 - what the comment above GOLDEN asks for

@@ -124,8 +124,8 @@ def evaluate(
 
     >>> import torch, ftrain as ft
     >>> model = torch.nn.Linear(2, 1)
-    >>> step = ft.eval_step(model, lambda model, batch: {"size": batch.norm(dim=1).mean()})
-    >>> ft.evaluate(ft.init(model, ft.optim.sgd(0.1)), step, torch.ones(10, 2) * 2**-0.5, batch_size=4, compile=False)
+    >>> step = ft.eval_step(model, lambda model, batch: {"size": batch.sum(dim=1).mean()})
+    >>> ft.evaluate(ft.init(model, ft.optim.sgd(0.1)), step, torch.ones(10, 2) * 0.5, batch_size=4, compile=False)
     {'size': 1.0}
     """
     check_state(state, "ft.evaluate")

@@ -128,7 +128,7 @@ class Hooks:
                 )
             names.add(name)
             self._hooks.append((name, when, inner))
-        self._before: Clock | None = None
+        self._before = Clock()
 
     def __bool__(self) -> bool:
         return bool(self._hooks)
@@ -167,9 +167,11 @@ class Hooks:
                     )
                 metrics[key] = float(value)
             stop = stop or why
-        if event.kind in ("start", "step"):
-            self._before = event.clock
         return Outcome(state, metrics, stop)
+
+    def passed(self, now: Clock) -> None:
+        """This moment is over: cadences are asked next about what comes after it."""
+        self._before = now
 
     def _wants(self, when: str | Cadence | None, kind: str, now: Clock) -> bool:
         if isinstance(when, Cadence):

@@ -31,6 +31,13 @@ class Result:
         state: the last state; yours to keep.
         history: the records.
         reason: why it ended: `"epochs"`, `"steps"`, `"until"`, `"data"` (an iterator at its end), or a hook's words.
+
+    >>> import torch, ftrain as ft
+    >>> model, tx = torch.nn.Linear(1, 1), ft.optim.sgd(0.1)
+    >>> step = ft.train_step(model, lambda model, batch: model(batch).square().mean(), tx)
+    >>> result = ft.fit(ft.init(model, tx), step, [torch.ones(4, 1)] * 3, progress=False, compile=False)
+    >>> result.reason, len(result.history), result.state.counters().samples
+    ('epochs', 1, 12)
     """
 
     state: TrainState
@@ -100,7 +107,7 @@ def fit(
     >>> state = ft.init(model, tx, seed=0)
     >>> step = ft.train_step(model, loss_fn, tx)
     >>> result = ft.fit(state, step, {"x": x, "y": 3 * x}, batch_size=16, epochs=30, progress=False, compile=False)
-    >>> result.reason, result.state.counters().step, result.history["loss"][-1] < 1e-2
+    >>> result.reason, result.state.counters().step, float(result.history["loss"][-1]) < 1e-2
     ('epochs', 120, True)
     """
     check_state(state, "ft.fit")
@@ -201,6 +208,8 @@ class _Session:
         state, stop = tick.state, None
         if self.hooks and self.hooks.listens(kind, now):
             state, stop = self.happens(state, self.event(kind, tick, now, metrics=tick.metrics))
+        if kind != "epoch":
+            self.hooks.passed(now)
         due = [(name, *rest) for name, (*rest, cadence) in self.evaluators.items() if cadence.fires(before, now)]
         if due and self.progress is not None and before is not None:
             self.progress.refresh(tick.step, self.epochs(tick), tick.samples, now.seconds)

@@ -41,6 +41,14 @@ class Tick:
         samples: samples seen, as counted by the state.
         batch: position of the batch in its epoch, from 0 on.
         end: True on the extra tick at the end of an epoch (only with `epoch_ends=True`): no step was taken for it.
+
+    >>> import torch, ftrain as ft
+    >>> model, tx = torch.nn.Linear(1, 1), ft.optim.sgd(0.1)
+    >>> step = ft.train_step(model, lambda model, batch: model(batch).square().mean(), tx)
+    >>> for tick in ft.loop(ft.init(model, tx), step, [torch.zeros(4, 1)] * 2):
+    ...     print(tick.step, tick.epoch, tick.batch, tick.samples)
+    1 0 0 4
+    2 0 1 8
     """
 
     state: TrainState

@@ -64,7 +64,7 @@ def adam(
     return _adam(lr, b1, b2, eps, weight_decay, decoupled=False, mask=None)
 
 
-def adamw(  # noqa: PLR0917 - optax's order of arguments, for those who pass them by place
+def adamw(
     lr: float | Tensor | Schedule,
     b1: float | Tensor | Schedule = 0.9,
     b2: float | Tensor | Schedule = 0.999,
@@ -131,15 +131,18 @@ def _adam(
         root2 = (1.0 - beta2**t).sqrt()
         size = rate / (1.0 - beta1**t)
 
-        def rule(g: Any, p: Any, mu: Any, nu: Any) -> tuple[Any, Any, Any]:
+        def rule(
+            g: Any, p: Any, mu: Any, nu: Any, size: Any, root2: Any, decay: Any, shrink: Any
+        ) -> tuple[Any, Any, Any]:
             if decays and not decoupled:
                 g = g + p * decay
             mu = lerp(mu, g, 1.0 - beta1)
             nu = lerp(nu, g * g, 1.0 - beta2)
             change = mu / (nu.sqrt() / root2 + epsilon) * -size
-            return (change - p * (rate * decay) if decays and decoupled and mask is None else change), mu, nu
+            return (change - p * shrink if decays and decoupled and mask is None else change), mu, nu
 
-        updates, mu, nu = over(rule, grads, params, state.mu, state.nu)
+        scalars = (size, root2, decay, rate * decay)
+        updates, mu, nu = over(rule, grads, params, state.mu, state.nu, scalars=scalars)
         if decays and decoupled and mask is not None:
             updates = _add_decay(updates, params, _decaying(mask, params), rate * decay)
         return updates, AdamState(count, mu, nu)
@@ -176,7 +179,7 @@ def _names(params: Any) -> list[str]:
 def _add_decay(updates: Any, params: Any, decaying: list[bool], strength: Any) -> Any:
     new, old = tree.leaves(updates), tree.leaves(params)
     at = [i for i, chosen in enumerate(decaying) if chosen]
-    decayed = over(lambda u, p: u - p * strength, [new[i] for i in at], [old[i] for i in at])
+    decayed = over(lambda u, p, s: u - p * s, [new[i] for i in at], [old[i] for i in at], scalars=(strength,))
     for i, leaf in zip(at, decayed, strict=True):
         new[i] = leaf
     return tree.unflatten(tree.structure(updates), new)

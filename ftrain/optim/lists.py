@@ -10,7 +10,7 @@ The other operand of an operator may be a number, a 0-d tensor (a scheduled or i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -85,8 +85,14 @@ def norms(tensors: list[Tensor]) -> list[Tensor]:
     return list(torch._foreach_norm(tensors))
 
 
-def over(rule: Callable[..., Any], first: Any, *rest: Any) -> Any:
+def over(rule: Callable[..., Any], first: Any, *rest: Any, scalars: Sequence[Any] = ()) -> Any:
     """Apply a rule, written as on one tensor, to whole trees of one structure; what it returns (one or a tuple) comes back as trees.
+
+    Args:
+        rule: `rule(*leaves, *scalars)`.
+        first: a tree; the results get its structure and dtypes.
+        *rest: more trees of its structure.
+        scalars: numbers and 0-d tensors that the rule needs for every leaf (learning rate, bias corrections ...).
 
     >>> import torch
     >>> from ftrain.optim.lists import over
@@ -100,14 +106,38 @@ def over(rule: Callable[..., Any], first: Any, *rest: Any) -> Any:
     if not lists[0]:
         return first
     if _one_by_one():
-        rows = [rule(*row) for row in zip(*lists, strict=True)]
+        each = _spread(scalars, lists[0])
+        rows = [rule(*row, *own) for row, own in zip(zip(*lists, strict=True), each, strict=True)]
         if isinstance(rows[0], tuple):
             return tuple([tree.unflatten(shape, _as(lists[0], column)) for column in zip(*rows, strict=True)])
         return tree.unflatten(shape, _as(lists[0], rows))
-    out = rule(*[Leaves(found) for found in lists])
+    out = rule(*[Leaves(found) for found in lists], *scalars)
     if isinstance(out, tuple):
         return tuple([tree.unflatten(shape, _as(lists[0], one.tensors)) for one in out])
     return tree.unflatten(shape, _as(lists[0], out.tensors))
+
+
+def _spread(scalars: Sequence[Any], leaves: list[Tensor]) -> list[list[Any]]:
+    """The scalars for each leaf.
+
+    Inductor copies the formula of a 0-d tensor into the element loop of every leaf, where two powers in float64 take longer than
+    all of Adam. `as_strided` makes it compute them once, into a buffer; each leaf reads an element of its own, since leaves that
+    read the same element are fused into one kernel at the end of the graph, with all gradients alive until then.
+    """
+    if not torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        return [list(scalars) for _ in leaves]
+    tensors = [value for value in scalars if isinstance(value, Tensor)]
+    if not tensors:
+        return [list(scalars) for _ in leaves]
+    dtype = torch.float64 if any(leaf.dtype == torch.float64 for leaf in leaves) else torch.float32
+    n, k = len(leaves), len(tensors)
+    once = torch.as_strided(torch.stack([value.to(dtype) for value in tensors]), (k,), (1,))
+    many = torch.as_strided(once.repeat(n), (k * n,), (1,)).unbind()
+    found: list[list[Any]] = []
+    for i in range(n):
+        own = iter(many[i * k : (i + 1) * k])
+        found.append([next(own) if isinstance(value, Tensor) else value for value in scalars])
+    return found
 
 
 def _as(refs: list[Tensor], found: Any) -> list[Tensor]:

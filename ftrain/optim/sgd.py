@@ -65,20 +65,20 @@ def sgd(
         return SgdState(new_count(params), tree.map(torch.zeros_like, params) if keeps else None)
 
     def update(grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]:
-        rate, mu, decay = (value_at(h, state.count) for h in (lr, momentum, weight_decay))
+        scalars = [value_at(h, state.count) for h in (lr, momentum, weight_decay)]
 
-        def plain(g: Any, p: Any) -> Any:
+        def plain(g: Any, p: Any, rate: Any, mu: Any, decay: Any) -> Any:
             return (g if _is_zero(weight_decay) else g + p * decay) * -rate
 
-        def heavy(g: Any, p: Any, b: Any) -> tuple[Any, Any]:
+        def heavy(g: Any, p: Any, b: Any, rate: Any, mu: Any, decay: Any) -> tuple[Any, Any]:
             g = g if _is_zero(weight_decay) else g + p * decay
             b = b * mu + g
             return (g + b * mu if nesterov else b) * -rate, b
 
         if keeps:
-            updates, buffer = over(heavy, grads, params, state.momentum)
+            updates, buffer = over(heavy, grads, params, state.momentum, scalars=scalars)
         else:
-            updates, buffer = over(plain, grads, params), None
+            updates, buffer = over(plain, grads, params, scalars=scalars), None
         return updates, SgdState(state.count + 1, buffer)
 
     return Transform(init, update)

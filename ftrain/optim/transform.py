@@ -108,7 +108,7 @@ def inject(factory: Callable[..., Transform]) -> Callable[..., Transform]:
         factory: a function of hyper-parameters that returns a transform, e.g. `ft.optim.adamw`.
 
     Returns:
-        A function of the same arguments.
+        A function of the same arguments. Those that are passed to it become leaves; those left at their default do not.
 
     Source: the idea of `optax.inject_hyperparams`.
 
@@ -133,7 +133,6 @@ def inject(factory: Callable[..., Transform]) -> Callable[..., Transform]:
     def make(*args: Any, **kwargs: Any) -> Transform:
         factory(*args, **kwargs)  # validates the arguments now, not at the first step
         bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
         arguments = dict(bound.arguments)
         numbers = {k: float(v) for k, v in arguments.items() if type(v) in (int, float)}
         tensors = {k: v for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim == 0}
@@ -148,7 +147,7 @@ def inject(factory: Callable[..., Transform]) -> Callable[..., Transform]:
                 k: torch.tensor(v, dtype=torch.float64, device=count.device) for k, v in {**numbers, **tensors}.items()
             }
             hyper |= {k: schedule(count).to(torch.float64) for k, schedule in schedules.items()}
-            return Injected(hyper, count, factory(*args, **kwargs).init(params))
+            return Injected(hyper, count, build(hyper).init(params))
 
         def update(grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]:
             hyper = {**state.hyper, **{k: schedule(state.count).to(torch.float64) for k, schedule in schedules.items()}}

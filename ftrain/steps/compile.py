@@ -124,6 +124,15 @@ class CompiledStep:
         reason: why a higher rung was not taken, or None.
         compiles: how many graphs were compiled.
         recompiles: a `Recompile` for each one after the first.
+
+    >>> import torch, ftrain as ft
+    >>> model, tx = torch.nn.Linear(1, 1), ft.optim.sgd(0.1)
+    >>> step = ft.train_step(model, lambda model, batch: model(batch).square().mean(), tx)
+    >>> fast, state = ft.compile(step, backend="eager"), ft.init(model, tx)
+    >>> for rows in (4, 4, 3):
+    ...     state, metrics = fast(state, torch.ones(rows, 1))
+    >>> fast.compiles, fast.recompiles[0].leaf
+    (2, 'batch')
     """
 
     def __init__(

@@ -334,11 +334,11 @@ def small_contenders(problem: Problem, root: str | None, scale: int = 1) -> list
     return found
 
 
-def large_contenders(problem: Problem) -> list[Contender]:
+def large_contenders(problem: Problem, steps: int = 2) -> list[Contender]:
     return [
-        Contender("hand_eager", "hand-written, eager, fused AdamW", hand_eager(problem), 2),
-        Contender("ft_donated", "ft.compile, donated", ft_bare(problem), 2),
-        Contender("ft_kept", "ft.compile, not donated", ft_bare(problem, donate=False), 2),
+        Contender("hand_eager", "hand-written, eager, fused AdamW", hand_eager(problem), steps),
+        Contender("ft_donated", "ft.compile, donated", ft_bare(problem), steps),
+        Contender("ft_kept", "ft.compile, not donated", ft_bare(problem, donate=False), steps),
     ]
 
 

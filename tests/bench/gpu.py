@@ -84,9 +84,8 @@ def main() -> int:
             tables.append(_memory_table(report, peaks))
             bars.append(_memory_bar(report, peaks))
     if "time" in parts:
-        table, samples = timing(device, args.rounds, report)
-        tables.append(table)
-        data["time"] = report.samples(samples)
+        timed, data["time"] = timing(device, args.rounds, report)
+        tables += timed
     if bars:
         tables.append(report.bars(bars))
     about["took"] = f"{time.perf_counter() - began:.0f} s"
@@ -515,24 +514,33 @@ def _memory_bar(report: Any, peaks: dict[str, dict[str, float]]) -> Any:
     return report.Bar("24 M MLP: peak memory donated / hand-written", 0.85, report.Spread(value, value, value))
 
 
-def timing(device: str, number: int, report: Any) -> tuple[Any, Any]:
+def timing(device: str, number: int, report: Any) -> tuple[list[Any], dict[str, Any]]:
+    """The tables, and the samples by problem."""
     import cases
     import rounds
     import torch
 
-    lightning = importlib.util.find_spec("lightning") is not None
-    with tempfile.TemporaryDirectory(prefix="ftrain-bench-") as root, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        contenders = cases.small_contenders(cases.small(device), root if lightning else None, scale=2)
-        found = rounds.measure(
+    def run(contenders: list[Any], count: int, warm: int) -> Any:
+        return rounds.measure(
             contenders,
-            number,
+            count,
             sync=torch.cuda.synchronize if device == "cuda" else lambda: None,
             tell=lambda text: print(f"time: {text}", file=sys.stderr, flush=True),
             ready=lambda: cases.agree(contenders),
+            warm=warm,
         )
-    note = f"32-32-32-10, ReLU, batch 16, AdamW, float32, batches on the device, {number} rounds; columns as in cpu.md."
-    return report.times("Small MLP, time", note, found, "hand_eager"), found
+
+    lightning = importlib.util.find_spec("lightning") is not None
+    with tempfile.TemporaryDirectory(prefix="ftrain-bench-") as root, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small = run(cases.small_contenders(cases.small(device), root if lightning else None, scale=2), number, 20)
+        large = run(cases.large_contenders(cases.large(device), 2 if device == "cpu" else 50), max(number // 2, 3), 1)
+    note = f"AdamW, float32, batches on the device, {number} rounds; the columns are those of cpu.md."
+    tables = [
+        report.times("Small MLP, time", f"32-32-32-10, ReLU, batch 16, {note}", small, "hand_eager"),
+        report.times("24 M MLP, time", f"Batch 32, {note}", large, "hand_eager"),
+    ]
+    return tables, {"small": report.samples(small), "large": report.samples(large)}
 
 
 if __name__ == "__main__":

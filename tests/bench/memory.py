@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.util
 import json
 import os
 import subprocess
@@ -32,7 +33,10 @@ STEPS = 5
 
 def start(kind: str) -> subprocess.Popen[str]:
     """Begin to measure in another process; `finish` gives the result."""
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    found = importlib.util.find_spec("ftrain")
+    assert found is not None, "run.py has imported it"
+    same = os.pathsep.join(filter(None, [str(Path(str(found.origin)).parents[1]), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "PYTHONPATH": same}
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, __file__, kind], env=env, stdout=pipe, stderr=pipe, text=True)
 

@@ -31,10 +31,14 @@ class Bar(NamedTuple):
 
     @property
     def verdict(self) -> str:
+        """UNSURE where wall and processor time lie on two sides of the bound: then others had the core, more or less evenly."""
         if self.measured is None:
             return "not measured"
-        holds = self.measured.median >= self.bound if self.at_least else self.measured.median <= self.bound
-        return "PASS" if holds else "FAIL"
+        sides = {self._holds(one.median) for one in (self.measured, self.cpu) if one is not None}
+        return "UNSURE" if len(sides) == 2 else "PASS" if sides == {True} else "FAIL"
+
+    def _holds(self, value: float) -> bool:
+        return value >= self.bound if self.at_least else value <= self.bound
 
     def row(self) -> list[str]:
         bound = f"{'>=' if self.at_least else '<='} {self.bound:.2f}"
@@ -112,8 +116,8 @@ def times(heading: str, note: str, found: dict[str, Samples], yardstick: str, un
 
 def bars(found: Sequence[Bar]) -> Table:
     note = (
-        "Medians over the rounds of the ratio within a round, with its quartiles. The median of wall time decides; `by CPU` is the same "
-        "ratio of processor times, which says more where the table above shows that others had the core."
+        "Medians over the rounds of the ratio within a round, with its quartiles. `by CPU` is the same ratio of processor times, which says "
+        "more where the table above shows that others had the core; where the two disagree about a bar it says UNSURE."
     )
     return Table("Bars", note, ["", "bound", "median", "quartiles", "by CPU", ""], [bar.row() for bar in found])
 

@@ -30,6 +30,8 @@ def main() -> None:
         "xterm-256color",
         "120",
     )  # of the terminals that cases.Nowhere stands for
+    if importlib.util.find_spec("ftrain") is None:
+        sys.path.insert(0, str(ROOT))  # not installed: the source tree
     with _cold_cache(args.quick), tempfile.TemporaryDirectory(prefix="ftrain-bench-") as root:
         _run(args, root, began)
 
@@ -98,8 +100,8 @@ def _run(args: argparse.Namespace, root: str, began: float) -> None:
             "Small MLP",
             "32-32-32-10, ReLU, batch 16, AdamW, float32, one thread, ready batches from a list. `x yardstick`: times the first row, in the "
             "same round. `on CPU`: processor time over wall time; below 100% somebody else had the core. `set-up`: a run of one step; "
-            "their times per step are without it. `first call`: until the first step is done, with whatever is compiled for it, from an empty compile "
-            "cache. The graph called by hand goes through torch.compile's own entry and guards.",
+            "their times per step are without it. `first call`: until the first step is done, with whatever is compiled for it (from an empty compile "
+            "cache, but for --quick). The graph called by hand goes through torch.compile's own entry and guards.",
             found,
             "hand_eager",
         ),
