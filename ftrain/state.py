@@ -260,6 +260,17 @@ def check_state(state: object, what: str) -> TrainState:
     donated_at = state.__dict__.get("_donated_at")
     if donated_at is not None:
         raise _donated(f"{what}: use", donated_at)
+    if isinstance(state.step, Tensor) and (state.step.dtype != torch.int64 or state.step.ndim != 0):
+        raise StateError(
+            explain(
+                f"{what}: the counters of this state are not what ft.init made.",
+                where="state.step",
+                expected="int64[]",
+                got=tree.describe(state.step),
+                cause="a function mapped over the whole state, or several states stacked",
+                fix="state.replace(params=ft.tree.map(fn, state.params))   # map over the fields that are meant",
+            )
+        )
     version = state._version
     if version is not None and state.step._version != version:
         raise DonatedStateError(

@@ -78,6 +78,15 @@ def as_epochs(
     if batch_size is not None:
         return _arrays(data, batch_size, seed, shuffle, what)
     if isinstance(data, (list, tuple)):
+        sized = [len(one) for one in data if isinstance(one, (Tensor, np.ndarray)) and one.ndim > 0]
+        if isinstance(data, tuple) and len(data) > 1 and len(sized) == len(data) and len(set(sized)) == 1:
+            raise DataError(
+                explain(
+                    f"{what}: the data is a tuple of {len(data)} arrays of {sized[0]} rows, without batch_size.",
+                    expected="a list of batches, or arrays with batch_size=",
+                    fix=f"{what}(state, step, data, batch_size=64)   # or a list, if each array is a batch",
+                )
+            )
         batches = data
         return Epochs(lambda epoch: iter(batches), len(batches))
     if isinstance(data, (Mapping, Tensor, np.ndarray)):

@@ -33,7 +33,12 @@ _KEPT = "_ftrain_compiled"
 
 
 def prepare(
-    step: Callable[..., Any], compile: Compile, *, donate: bool, backend: str | Callable[..., Any] = "inductor"
+    step: Callable[..., Any],
+    compile: Compile,
+    *,
+    donate: bool,
+    backend: str | Callable[..., Any] = "inductor",
+    what: str = "ft.fit",
 ) -> CompiledStep:
     """The compiled form of a step, made once for each step and way of compiling.
 
@@ -42,12 +47,13 @@ def prepare(
         compile: `"auto"`: the highest rung that works; True: the whole step, or an error; False: eager.
         donate: whether the input's memory is reused.
         backend: a backend of `torch.compile`.
+        what: how errors call the caller.
     """
     if isinstance(step, CompiledStep):
         return step
     if not (isinstance(compile, bool) or compile == "auto"):
         raise LimitError(explain(f"compile={compile!r} makes no sense.", expected='"auto", True or False'))
-    check_step_fn(step)
+    check_step_fn(step, what)
     rung: Any = "auto" if compile == "auto" else ("step" if compile else "eager")
     kept: dict[Any, CompiledStep] = getattr(step, "__dict__", {}).setdefault(_KEPT, {})
     key = (rung, donate, backend)
@@ -57,12 +63,12 @@ def prepare(
     return kept[key]
 
 
-def check_step_fn(step: object) -> None:
+def check_step_fn(step: object, what: str) -> None:
     """Raise unless something can be called as a step."""
     if isinstance(step, torch.nn.Module):
         raise StateError(
             explain(
-                "a module stands where a step is needed.",
+                f"{what}: a module stands where a step is needed.",
                 expected="(state, batch) -> ...",
                 got=type(step).__name__,
                 fix="ft.train_step(model, loss_fn, tx), ft.eval_step(model, metric_fn) or ft.predict_step(model)",
@@ -70,7 +76,7 @@ def check_step_fn(step: object) -> None:
         )
     if not callable(step):
         raise StateError(
-            explain("this is no step.", expected="a function (state, batch) -> ...", got=type(step).__name__)
+            explain(f"{what}: this is no step.", expected="a function (state, batch) -> ...", got=type(step).__name__)
         )
 
 
@@ -131,7 +137,7 @@ def evaluate(
     check_state(state, "ft.evaluate")
     source = as_epochs(data, seed=state.counters().seed, batch_size=batch_size, what="ft.evaluate")
     source.check("ft.evaluate")
-    return run(state, prepare(eval_step, compile, donate=False, backend=backend), source)
+    return run(state, prepare(eval_step, compile, donate=False, backend=backend, what="ft.evaluate"), source)
 
 
 def run(state: TrainState, step: CompiledStep, source: Epochs, name: str = "ft.evaluate") -> dict[str, Any]:
@@ -187,7 +193,9 @@ def predict(
     check_state(state, "ft.predict")
     source = as_epochs(data, seed=state.counters().seed, batch_size=batch_size, what="ft.predict")
     source.check("ft.predict")
-    return _outputs(state, prepare(predict_step, compile, donate=False, backend=backend), source, "ft.predict")
+    return _outputs(
+        state, prepare(predict_step, compile, donate=False, backend=backend, what="ft.predict"), source, "ft.predict"
+    )
 
 
 def _outputs(state: TrainState, step: CompiledStep, source: Epochs, name: str) -> Iterator[Any]:

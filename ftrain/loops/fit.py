@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import rng
+from .. import rng, tree
 from ..data import Epochs, as_epochs
 from ..errors import DataError, LimitError, LossError, explain
 from ..sinks import History, Progress, Record, console
@@ -122,6 +122,7 @@ def fit(
     state = called.init(state if donate else state.copy())
     shown = _progress(progress, state, limits, source)
     session = _Session(log or every(steps=50), evaluators, called, sinks, shown)
+    session.donated = donate
     status = "error"
     try:
         # What hooks, sinks and careless steps draw from numpy or random is a function of the state, and does not outlive the call.
@@ -157,6 +158,7 @@ class _Session:
         self.start = (0, 0)  # the state's counts of steps and samples when the run began
         self.done = 0  # epochs completed in this run
         self.unchecked = True
+        self.donated = False
 
     def drive(
         self, state: TrainState, step: Callable[..., Any], source: Epochs, limits: Limits
@@ -290,7 +292,8 @@ class _Session:
         else:
             batch = "the end of the epoch" if tick.end else f"batch {tick.batch}"
             where = f"after step {tick.step} was complete (epoch {tick.epoch}, {batch})"
-        error.add_note(f"ftrain: raised in ft.fit, {where}. The state given to ft.fit is unchanged.")
+        kept = "was given away (donate=True)" if self.donated else "is unchanged"
+        error.add_note(f"ftrain: raised in ft.fit, {where}. The state given to ft.fit {kept}.")
 
     def close(self, status: str) -> None:
         """Close what can be closed, each whatever the others do; the first failure is raised."""
@@ -308,7 +311,9 @@ class _Session:
 
 def _check_arguments(evals: object, hooks: object, sinks: object, log: object, progress: object) -> None:
     def refuse(name: str, value: object, expected: str, fix: str) -> None:
-        raise LimitError(explain(f"ft.fit: {name}= makes no sense.", expected=expected, got=repr(value), fix=fix))
+        raise LimitError(
+            explain(f"ft.fit: {name}= makes no sense.", expected=expected, got=tree.describe(value), fix=fix)
+        )
 
     if evals is not None and not isinstance(evals, Mapping):
         refuse("evals", evals, "a dict of evaluators by name", 'evals={"val": ft.Evaluator(step, data)}')
@@ -355,7 +360,11 @@ def _evaluators(
                     expected="a list, a DataLoader, or a function epoch -> iterable",
                 )
             )
-        found[name] = (prepare(one.step, compile, donate=False, backend=backend), source, one.every)
+        found[name] = (
+            prepare(one.step, compile, donate=False, backend=backend, what=f"the evaluator {name!r}"),
+            source,
+            one.every,
+        )
     return found
 
 

@@ -108,6 +108,7 @@ _SLOTS = re.compile(
     r"\.(param_slots|buffer_slots|param_names|buffer_names|names|shapes)\b|\._(parameters|buffers|modules)$"
 )
 _DICTS = re.compile(r"\._(parameters|buffers)\b")
+_MODES = re.compile(r"\.modules\[\d+\]\.training$")  # put back at the end of each call
 _SUBMODULE = re.compile(r"\._modules\['[^']*'\]")
 
 
@@ -133,7 +134,7 @@ def worth_guarding(own_names: set[str]) -> Callable[[Any], list[bool]]:
         if ".skeleton" in name:
             private = kind in _STRUCTURAL or isinstance(value, torch.nn.Module)
             inner = _SUBMODULE.sub("", name)
-            return not (private or _SLOTS.search(inner) or _DICTS.search(inner))
+            return not (private or _SLOTS.search(inner) or _DICTS.search(inner) or _MODES.search(inner))
         return True
 
     return lambda entries: [keep(e.name, e.guard_type, e.value if e.has_value else None) for e in entries]

@@ -60,10 +60,12 @@ class Bound:
 
     def outer(self, tensor: Tensor) -> str | None:
         """The name that a tensor has in the module from which this was made, if it is one of its parameters."""
-        return self.skeleton.outer.get(id(tensor))
+        reference, name = self.skeleton.outer.get(id(tensor), (None, None))
+        return name if reference is not None and reference() is tensor else None
 
     def scope(self, params: Params, buffers: Params) -> AbstractContextManager[nn.Module]:
         """The module with these leaves in place, as a context; hold it open until the backward has finished."""
+        self.skeleton.check(params, buffers)
         return Installed(self.skeleton, params, buffers, calls=False)
 
     def __call__(self, params: Params, buffers: Params, batch: Batch, rng: Tensor) -> Any:
@@ -77,6 +79,7 @@ class Bound:
         with installed as model:
             out = self.loss_fn(model, batch, rng) if self.wants_rng else self.loss_fn(model, batch)
             new_buffers = installed.buffers()
+        installed.check_unwritten()
         loss, metrics = _unpack(out)
         weight = float(batch_size(batch)) if not torch.compiler.is_compiling() else batch_size(batch)
         mean = _as_mean(loss, weight)

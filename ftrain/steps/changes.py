@@ -61,11 +61,19 @@ def doubt(program: Program, state: TrainState, batch: Batch) -> str:
     return str(parts[0]).split("#")[0].strip() if parts else ""
 
 
+def innermost(error: BaseException) -> BaseException:
+    """The error from which a compilation's failure came."""
+    while not isinstance(error, Refused):
+        cause = error.__cause__ or getattr(error, "inner_exception", None)  # BackendCompilerFailed has the latter
+        if cause is None:
+            break
+        error = cause
+    return error
+
+
 def first_line(error: BaseException) -> str:
     """What went wrong, from the innermost cause, in one line."""
-    cause = error
-    while not isinstance(cause, Refused) and (cause.__cause__ or getattr(cause, "inner_exception", None)) is not None:
-        cause = cause.__cause__ or cause.inner_exception  # type: ignore[attr-defined]  # BackendCompilerFailed has one
+    cause = innermost(error)
     if "requires_grad_()" in str(cause):
         return "the model or loss_fn stores a tensor with a gradient outside of the state (self.last = activation, say)"
     text = next((line for line in str(cause).splitlines() if line.strip()), "no message")

@@ -34,7 +34,7 @@ from ..metrics import Collect, Metric, normalise
 from ..state import TrainState, check_state
 from ..types import Batch
 from .backends import Drawn, Program, Refused, check_backend, checkpoints, compiler, programs, worth_guarding
-from .changes import Recompile, difference, doubt, first_line, signature
+from .changes import Recompile, difference, doubt, first_line, innermost, signature
 from .donation import carry, consume, overwrite
 from .packed import Packed
 from .regions import using
@@ -43,6 +43,12 @@ from .train import check_batch, seeded_by
 __all__ = ["CompiledStep", "Recompile", "Rung", "compile"]
 
 Rung = Literal["step", "loss", "eager"]
+
+
+class _Foreign(Exception):
+    """A graph has inputs with a gradient that are not the state's: the outer model's, by mistake, or a teacher's."""
+
+
 _NAMES = {
     "step": "the whole step in one graph",
     "loss": "loss and update compiled apart, the gradient outside",
@@ -164,6 +170,7 @@ class CompiledStep:
         self._whole_fn: Callable[..., Any] | None = None
         self._compiled_now = False
         self._complained = False
+        self._foreign = _LEAVES_OUTSIDE  # whether inputs with a gradient are known to be no mistake
 
     def __repr__(self) -> str:
         return f"compile({self.step!r}, donate={self.donate}, rung={self.rung or self.requested!r})"
@@ -233,7 +240,7 @@ class CompiledStep:
         for rung in rungs:
             self._compiled_now = False
             try:
-                out = self._whole(state, batch) if rung == "step" else self._parted(state, batch, rung)
+                out = self._rung(state, batch, rung)
             except Exception as error:
                 if rung == "eager" or (rung == "step" and self._compiled_now) or isinstance(error, FtrainError):
                     raise
@@ -258,6 +265,19 @@ class CompiledStep:
                 )
             return out
         raise AssertionError("the last rung either returns or raises")
+
+    def _rung(self, state: TrainState, batch: Batch, rung: Rung) -> Any:
+        if rung != "step":
+            return self._parted(state, batch, rung)
+        try:
+            return self._whole(state, batch)
+        except Exception as error:
+            if self._foreign or "_Foreign" not in repr(innermost(error)):
+                raise
+        self._diagnose(state, batch)  # which raises where they are the outer model's
+        self._foreign = True
+        self._whole_fn = None
+        return self._whole(state, batch)
 
     def _diagnose(self, state: TrainState, batch: Batch) -> None:
         """Let the step itself say what is wrong, where the trace only knows that something is."""
@@ -362,8 +382,8 @@ class CompiledStep:
         return self._parts[name]  # type: ignore[no-any-return]  # what was stored above
 
     def _backend(self, whole: bool, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        if whole and not _LEAVES_OUTSIDE and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-            raise Refused("the loss depends on parameters that are not in the state")
+        if whole and not self._foreign and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            raise _Foreign("the step reads tensors with a gradient that are not in the state")
         if whole and checkpoints(graph):
             # 2.11 drops the recomputation silently, 2.13 refuses random operations in it (SDPA counts as one).
             raise Refused("the model uses activation checkpointing, which one graph would not recompute")

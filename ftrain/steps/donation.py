@@ -18,7 +18,7 @@ def consume(state: TrainState) -> dict[str, Any]:
     """Take a state's leaves away from it; from now on it raises. Gives what it held."""
     own = dict(state.__dict__)
     state.__dict__.clear()  # mutates: the donated state object, so that it cannot show memory that is no longer its own
-    state.__dict__["_donated_at"] = own.get("_at", "(unknown)")
+    state.__dict__["_donated_at"] = own.get("_at", own["_host"].step if "_host" in own else "(unknown)")
     return own
 
 

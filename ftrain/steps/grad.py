@@ -8,6 +8,7 @@ and DTensors.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class SingleDevice:
         self, loss_fn: LossFn, params: Params, buffers: Params, batch: Batch, rng: Tensor, /
     ) -> tuple[Params, Mean, tuple[dict[str, Metric], Params]]:
         """The gradient of `loss.total / loss.weight` with respect to `params`, and what the loss returned."""
+        if torch._C._functorch.maybe_current_level() is not None:
+            return _transformed(loss_fn, params, buffers, batch, rng)
         leaves = {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in params.items()}
         # The scope stays open until the backward has finished: activation checkpointing runs the forward again in there, and
         # would otherwise read the parameters that the module had before.
@@ -88,6 +91,22 @@ def _detached(metric: Metric) -> Metric:
     return found
 
 
+def _transformed(
+    loss_fn: LossFn, params: Params, buffers: Params, batch: Batch, rng: Tensor
+) -> tuple[Params, Mean, tuple[dict[str, Metric], Params]]:
+    """The same inside vmap, whose tensors cannot be made leaves: there `torch.func` differentiates."""
+    structure: list[Any] = []
+
+    def scalar(own: Params) -> tuple[Tensor, list[Tensor]]:
+        loss, rest = loss_fn(own, buffers, batch, rng)
+        structure.append(tree.structure((loss, rest)))
+        return loss.total / loss.weight, tree.leaves((loss, rest))
+
+    grads, (_, leaves) = torch.func.grad_and_value(scalar, has_aux=True)(params)
+    loss, rest = tree.unflatten(structure[0], leaves)
+    return grads, loss, rest
+
+
 def _check_graph(loss: Tensor, leaves: Params, outer: Callable[[Tensor], str | None] | None) -> None:
     """Look once at what the loss depends on: some parameter of the state, and none from elsewhere."""
     own = {id(leaf) for leaf in leaves.values()}
@@ -102,17 +121,16 @@ def _check_graph(loss: Tensor, leaves: Params, outer: Callable[[Tensor], str | N
         if isinstance(variable, Tensor):
             found[id(variable)] = variable
         todo.extend(following for following, _ in node.next_functions)
-    for key, variable in found.items():
-        if key not in own:
-            name = outer(variable) if outer is not None else None
-            what = f"{name!r} of the outer model" if name else tree.describe(variable)
+    for variable in found.values():
+        name = outer(variable) if outer is not None else None
+        if name is not None:
             raise LossError(
                 explain(
-                    "the loss depends on a parameter that is not in the state, which no step would train.",
-                    where=what,
+                    "the loss depends on a parameter of the outer model, which no step would train.",
+                    where=name,
                     expected=f"a loss that depends on the argument `model` alone, with: {', '.join(list(leaves)[:6])}",
-                    cause="loss_fn uses the outer model (or another module with parameters) instead of its argument",
-                    fix="def loss_fn(model, batch): ...   # only this `model`; parameters of a criterion belong into it too",
+                    cause="loss_fn uses the outer model instead of its argument; the outer one keeps its first numbers",
+                    fix="def loss_fn(model, batch):\n    out = model(batch)   # this `model`, and no other",
                 )
             )
     if found.keys().isdisjoint(own) and loss.grad_fn is not None and found:

@@ -10,6 +10,7 @@ Laws
 from __future__ import annotations
 
 import copy
+import weakref
 from types import TracebackType
 from typing import Any
 
@@ -32,7 +33,26 @@ class Skeleton:
     """
 
     def __init__(self, model: nn.Module, *, train: bool) -> None:
+        if not isinstance(model, nn.Module):
+            raise ModelError(
+                explain(
+                    "a step wants a module as its first argument.",
+                    expected="torch.nn.Module",
+                    got=type(model).__name__,
+                    fix="ft.train_step(model, loss_fn, tx), ft.eval_step(model, metric_fn), ft.predict_step(model)",
+                )
+            )
         check_materialised(model, "ft.bind")
+        for path, part in model.named_modules():
+            if getattr(part, "max_norm", None) is not None and isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+                raise ModelError(
+                    explain(
+                        "ft.bind: an embedding with max_norm writes into its parameter in the forward pass.",
+                        where=f"model.{path}".rstrip("."),
+                        cause="a step is pure: its state must not change under it",
+                        fix="nn.Embedding(n, d)   # and renormalise in a hook or a transform of the update",
+                    )
+                )
         named = dict(model.named_parameters())
         buffers = dict(model.named_buffers())
         memo: dict[int, Any] = {}
@@ -57,7 +77,7 @@ class Skeleton:
             self.module.train()
         self.param_names = tuple(named)
         self.buffer_names = tuple(buffers)
-        self.outer = {id(leaf): name for name, leaf in named.items()}
+        self.outer = {id(leaf): (weakref.ref(leaf), name) for name, leaf in named.items()}
         self.shapes = {name: leaf.shape for name, leaf in {**named, **buffers}.items()}
         self.names = {*self.param_names, *self.buffer_names}
         self.modules = list(self.module.modules())
@@ -153,8 +173,9 @@ class Installed:
             module._parameters[key] = leaves[name]  # type: ignore[assignment]  # a plain tensor serves as a parameter
         for module, key, name in skeleton.buffer_slots:
             module._buffers[key] = own[name]
+        self.modes = [module.training for module in skeleton.modules]
         if self.calls:
-            self.modes = [module.training for module in skeleton.modules]
+            self.versions = {name: leaf._version for name, leaf in leaves.items() if not leaf.is_inference()}
         return skeleton.module
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
@@ -163,15 +184,29 @@ class Installed:
             module._parameters[key] = param
         for (module, key, _), buffer in zip(skeleton.buffer_slots, self.saved_buffers, strict=True):
             module._buffers[key] = buffer
+        for module, training in zip(skeleton.modules, self.modes, strict=True):
+            if module.training != training:
+                module.training = training
         if self.calls:
-            for module, training in zip(skeleton.modules, self.modes, strict=True):
-                if module.training != training:
-                    module.training = training
             for module, (attributes, buffers) in zip(skeleton.modules, self.kept, strict=True):
                 _forget_tensors(module.__dict__, attributes)
                 if buffers or module._buffers:
                     module._buffers.clear()
                     module._buffers.update(buffers)
+
+    def check_unwritten(self) -> None:
+        """Raise where the user's function wrote into a parameter in place."""
+        if not self.calls:
+            return
+        for name, leaf in {**self.given, **self.params}.items():
+            if name in self.versions and leaf._version != self.versions[name]:
+                raise ModelError(
+                    explain(
+                        "the forward pass wrote into a tensor of the state in place, which changes the caller's state.",
+                        where=name,
+                        fix="compute with a changed copy, or change the parameter in a hook: state.replace(params=...)",
+                    )
+                )
 
     def buffers(self) -> dict[str, Tensor]:
         """All leaves that came in as buffers, with the values that the module left; frozen parameters as they came."""
