@@ -162,6 +162,8 @@ def same_structure(a: Any, b: Any) -> bool:
     >>> tree.same_structure({"a": 1}, {"b": 1})
     False
     """
+    if torch.compiler.is_compiling():
+        return _traced_same(structure(a), structure(b))
     return bool(structure(a) == structure(b))
 
 
@@ -281,34 +283,44 @@ def tensors(tree: Any) -> list[torch.Tensor]:
 
 
 def _traced_flatten(tree: Any, into: list[Any]) -> Any:
-    """Append the leaves, in optree's order; give the structure as nested tuples `(type, keys, children)`."""
+    """Append the leaves, in optree's order; give the structure as nested tuples `(type, keys, children, dict order)`."""
     kind = type(tree)
     if tree is None:
-        return (None, (), ())
+        return (None, (), (), ())
     if kind in _fields:
         names = _fields[kind]
-        return (kind, names, tuple([_traced_flatten(getattr(tree, name), into) for name in names]))
+        return (kind, names, tuple([_traced_flatten(getattr(tree, name), into) for name in names]), ())
     if isinstance(tree, dict):
         keys = tuple(sorted(tree))
-        return (kind, keys, tuple([_traced_flatten(tree[key], into) for key in keys]))
+        return (kind, keys, tuple([_traced_flatten(tree[key], into) for key in keys]), tuple(tree))
     if isinstance(tree, (tuple, list)):
-        return (kind, len(tree), tuple([_traced_flatten(one, into) for one in tree]))
+        return (kind, len(tree), tuple([_traced_flatten(one, into) for one in tree]), ())
     into.append(tree)
     return "leaf"
+
+
+def _traced_same(a: Any, b: Any) -> bool:
+    """Whether two structures are the same but for the order of dicts."""
+    if a == "leaf" or b == "leaf":
+        return bool(a == b)
+    if a[0] is not b[0] or a[1] != b[1] or len(a[2]) != len(b[2]):
+        return False
+    return all(_traced_same(one, two) for one, two in builtins.zip(a[2], b[2], strict=True))
 
 
 def _traced_unflatten(structure: Any, leaves: list[Any], at: list[int]) -> Any:
     if structure == "leaf":
         at[0] += 1
         return leaves[at[0] - 1]
-    kind, keys, children = structure
+    kind, keys, children, order = structure
     if kind is None:
         return None
     made = [_traced_unflatten(child, leaves, at) for child in children]
     if kind in _fields:
         return kind(*made)
     if issubclass(kind, dict):
-        return kind(builtins.zip(keys, made, strict=True))
+        by_key = dict(builtins.zip(keys, made, strict=True))
+        return kind([(key, by_key[key]) for key in order])
     if issubclass(kind, tuple) and hasattr(kind, "_fields"):
         return kind(*made)
     return kind(made)

@@ -235,8 +235,7 @@ def test_the_order_of_events_is_this_list() -> None:
     assert seen == [
         "start 0", "evaluation 0", "val record 0",
         "step 1", "train record 1",
-        "step 2", "train record 2",
-        "epoch 2", "evaluation 2", "val record 2",
+        "step 2", "epoch 2", "evaluation 2", "train record 2", "val record 2",
         "end 2", "closed epochs",
     ]  # fmt: skip
 

@@ -130,6 +130,7 @@ def fit(
             state, status = session.drive(state, compiled, source, limits)
         return Result(state, History(session.records), status)
     except BaseException as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "error"
         session.note(error)
         raise
     finally:
@@ -156,6 +157,7 @@ class _Session:
         self.due = 0.0  # the first step at which one of them may fire
         self.tick: Tick | None = None
         self.start = (0, 0)  # the state's counts of steps and samples when the run began
+        self.length: int | None = None  # batches in an epoch
         self.done = 0  # epochs completed in this run
         self.unchecked = True
         self.donated = False
@@ -166,6 +168,7 @@ class _Session:
         """Consume the loop; gives the last state and why it ended."""
         begin = state.counters()
         self.start = (begin.step, begin.samples)
+        self.length = source.length
         state, stop = self.attend(Tick(state, {}, begin.step, begin.epoch, begin.samples, -1), "start", None)
         if stop is not None:
             return state, stop
@@ -223,7 +226,10 @@ class _Session:
             named = {name: value for record in results for name, value in record.named().items()}
             state, why = self.happens(state, self.event("evaluation", tick, now, metrics=named))
             stop = stop or why
-        if before is not None and (tick.end or self.log.fires(before, now)):
+        last = (
+            kind == "step" and tick.batch + 1 == self.length
+        )  # its record is made at the end of the epoch, which comes next
+        if before is not None and not last and (tick.end or self.log.fires(before, now)):
             self.record(tick)
         for record in results:
             self.emit(record)
@@ -305,7 +311,7 @@ class _Session:
                     close(status)
                 except Exception as error:  # raised below, once all are closed
                     failures.append(error)
-        if failures and status != "error":
+        if failures and status not in ("error", "interrupted"):  # else an error is on its way already
             raise failures[0]
 
 

@@ -105,9 +105,9 @@ def compiler(backend: str | Callable[..., Any], mode: str | None, options: dict[
 _LIBRARY = ("__import_ftrain_", "__import_torch_", "__import_optree", "__builtins_dict__")
 _STRUCTURAL = ("EMPTY_NN_MODULE_HOOKS_DICT", "NOT_PRESENT_IN_GENERIC_DICT", "DUPLICATE_INPUT")
 _SLOTS = re.compile(
-    r"\.(param_slots|buffer_slots|param_names|buffer_names|names|shapes)\b|\._(parameters|buffers|modules)$"
+    r"\.(param_slots|buffer_slots|param_names|buffer_names|names|shapes|modules)(\[[^]]*\])*$|\._(parameters|buffers|modules)$"
 )
-_DICTS = re.compile(r"\._(parameters|buffers)\b")
+_DICTS = re.compile(r"\._(parameters|buffers)\[[^]]*\]$")
 _MODES = re.compile(r"\.modules\[\d+\]\.training$")  # put back at the end of each call
 _SUBMODULE = re.compile(r"\._modules\['[^']*'\]")
 

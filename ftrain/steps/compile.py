@@ -22,7 +22,8 @@ import functools
 import itertools
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -298,7 +299,7 @@ class CompiledStep:
             )
             self._code = fn
         structure = tree.structure(state)
-        with torch._dynamo.config.patch(trace_autograd_ops=True, allow_rnn=True), torch.enable_grad():
+        with _tracing(), torch.enable_grad():
             before = self.compiles
             with seeded_by(state):
                 drawn = Drawn(state.device)
@@ -375,7 +376,7 @@ class CompiledStep:
             )
 
             def run(*args: Any) -> Any:
-                with torch._dynamo.config.patch(allow_rnn=True):
+                with _tracing():
                     return part(*args)
 
             self._parts[name] = run
@@ -442,6 +443,15 @@ def _pack(named: dict[str, Metric]) -> Any:
         return named
     flat = [getattr(metric, name) for metric in named.values() for name in tree.fields(type(metric))]
     return (*named,), (*[type(metric) for metric in named.values()],), torch.stack(flat)
+
+
+@contextmanager
+def _tracing() -> Iterator[None]:
+    """What a trace needs, for the time of a compilation."""
+    with warnings.catch_warnings(), torch._dynamo.config.patch(trace_autograd_ops=True, allow_rnn=True):
+        # dynamo (2.13) makes an instance of each autograd.Function that it traces, and so warns of itself.
+        warnings.filterwarnings("ignore", message=".*should not be instantiated", category=DeprecationWarning)
+        yield
 
 
 def _region(*args: Any) -> Any:
