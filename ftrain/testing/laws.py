@@ -97,7 +97,9 @@ def check_moves(step: StepFn, state: TrainState, batch: Batch) -> None:
     if int(new.step) != int(state.step) + 1:
         raise LawError(f"moves: state.step went from {int(state.step)} to {int(new.step)}, not one further")
     if all(_equal(a, b) for a, b in zip(tree.leaves(state.params), tree.leaves(new.params), strict=True)):
-        raise LawError("moves: no parameter changed; give a batch (and a learning rate) with a gradient")
+        raise LawError(
+            "moves: no parameter changed; the batch has no gradient, or the learning rate is 0 (a warm-up begins so: step once first)"
+        )
 
 
 def check_structure(step: StepFn, state: TrainState, batch: Batch) -> None:

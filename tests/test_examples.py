@@ -1,0 +1,71 @@
+"""Both examples run as a user runs them: as scripts, from another directory, on real data."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ftrain
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PACKAGE = Path(ftrain.__file__).parents[1]  # the scripts import the ftrain that these tests do, installed or not
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def run(script: str, *args: str, cwd: Path, code: int = 0) -> str:
+    """Run an example in `cwd`, and give what it printed; nothing may go to stderr where it succeeds."""
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE)}
+    command = [sys.executable, "-W", "error::UserWarning", str(EXAMPLES / script), *args]
+    done = subprocess.run(command, check=False, cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == code, done.stdout + done.stderr
+    if code == 0:
+        assert not done.stderr, done.stderr
+        return done.stdout
+    return done.stderr
+
+
+def test_digits_reaches_98_percent_and_saves_its_curves(tmp_path):
+    out = run("digits.py", "--epochs", "12", "--no-compile", "--plot", "curves.png", cwd=tmp_path)
+    rows = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+)% +([\d.]+) +([\d.]+)% +[\d.]+$", out, flags=re.MULTILINE)
+    assert [int(row[0]) for row in rows] == list(range(1, 13))
+    loss, val_loss = [float(row[1]) for row in rows], [float(row[3]) for row in rows]
+    assert loss[-1] < 0.1 * loss[0]
+    assert val_loss[-1] < 0.2 * val_loss[0]
+    found = re.search(r"^test accuracy ([\d.]+)%", out, flags=re.MULTILINE)
+    assert found is not None, out
+    assert float(found[1]) >= 98.0
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
+
+
+def test_digits_is_deterministic(tmp_path):
+    args = ("--epochs", "1", "--no-compile", "--seed", "3")
+    results = [re.findall(r"^test accuracy.*$", run("digits.py", *args, cwd=tmp_path), re.MULTILINE) for _ in range(2)]
+    assert results[0] == results[1]
+    assert len(results[0]) == 1
+    assert (tmp_path / "digits.png").read_bytes().startswith(PNG)
+
+
+def test_byte_lm_learns_and_shows_gzip_beside_it(tmp_path):
+    small = ("--layers", "1", "--width", "64", "--context", "64", "--batch-size", "8")
+    out = run("byte_lm.py", "--steps", "20", "--no-compile", *small, cwd=tmp_path)
+    rows = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+)$", out, flags=re.MULTILINE)
+    assert [int(row[0]) for row in rows] == [0, 4, 8, 12, 16, 20]
+    bits = [float(row[2]) for row in rows]
+    assert 7.5 < bits[0] < 9.0  # guessing, before the first step
+    assert bits[-1] < bits[0] - 1.5
+    assert bits[-1] == min(bits)
+    yardstick = re.search(r"^ *gzip -9 +([\d.]+)$", out, flags=re.MULTILINE)
+    assert yardstick is not None, out
+    assert 1.0 < float(yardstick[1]) < 4.0
+    assert "\ndef " in out[yardstick.end() :]  # the sample begins with its prompt
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["digits.py", "byte_lm.py"])
+def test_wrong_options_are_told(script, tmp_path):
+    limit = "--epochs" if script == "digits.py" else "--steps"
+    assert "0 is not positive" in run(script, limit, "0", cwd=tmp_path, code=2)
