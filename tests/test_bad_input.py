@@ -1073,7 +1073,7 @@ def test_an_interrupt_comes_through(rng_guard: Any) -> None:
     with rng_guard(), pytest.raises(KeyboardInterrupt) as caught:
         fit(state, step, DATA, hooks=[hook], sinks=[sink])
     assert "step 2" in caught.value.__notes__[0]
-    assert sink.status == "error"
+    assert sink.status == "interrupted"
     assert fit(state, step, DATA).state.counters().step == 3
 
 
