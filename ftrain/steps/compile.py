@@ -22,6 +22,7 @@ import functools
 import itertools
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -292,7 +293,7 @@ class CompiledStep:
             fn = _fresh(_program, _step_=self.step, _donate_=self.donate)
             self._whole_fn = torch.compile(
                 fn,
-                backend=functools.partial(self._backend, True),
+                backend=functools.partial(_backend_of, weakref.ref(self), True),
                 fullgraph=True,
                 dynamic=self._dynamic,
                 options={"guard_filter_fn": worth_guarding(set(globals()))},
@@ -370,7 +371,7 @@ class CompiledStep:
         if name not in self._parts:
             part = torch.compile(
                 _fresh(_region, _fn_=fn),
-                backend=functools.partial(self._backend, False),
+                backend=functools.partial(_backend_of, weakref.ref(self), False),
                 fullgraph=True,
                 dynamic=self._dynamic,
             )
@@ -443,6 +444,12 @@ def _pack(named: dict[str, Metric]) -> Any:
         return named
     flat = [getattr(metric, name) for metric in named.values() for name in tree.fields(type(metric))]
     return (*named,), (*[type(metric) for metric in named.values()],), torch.stack(flat)
+
+
+def _backend_of(owner: Any, whole: bool, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """The backend of a compiled step. Bound weakly: dynamo keeps each backend that it has seen for ever."""
+    found: Callable[..., Any] = owner()._backend(whole, graph, inputs)
+    return found
 
 
 @contextmanager

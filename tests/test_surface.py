@@ -1,0 +1,50 @@
+"""The public names. A change here is a change for users: say so in the changelog."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+import ftrain
+
+DOOR = """
+CompiledStep Evaluator Event History Hook Outcome Record Result Tick TrainState Transform __version__ at bind compile data errors
+eval_step evaluate every fit init loop loops make_step metrics on optim predict predict_step rng schedules sinks testing to_module
+train_step tree types until value_and_grad
+"""
+INSIDE = {
+    "ftrain.data": "Epochs as_epochs close_iterator to_device",
+    "ftrain.optim": "AdamState Injected SgdState adam adamw apply_updates chain clip_by_global_norm global_norm identity inject "
+    "schedules sgd",
+    "ftrain.optim.schedules": "ScheduleFn constant warmup_cosine",
+    "ftrain.rng": "Isolated bernoulli bits fold_in fold_in_host key normal permutation randint seeded split uniform",
+    "ftrain.metrics": "Collect Last Max Mean Metric Min Perplexity Sum accuracy normalise perplexity",
+    "ftrain.sinks": "History Progress Record console",
+    "ftrain.testing": "LawError check_compiled check_donation check_moves check_pure check_random check_recompiles check_step "
+    "check_structure",
+}
+
+
+def test_the_door() -> None:
+    assert sorted(ftrain.__all__) == sorted(DOOR.split())
+    for name in ftrain.__all__:
+        assert getattr(ftrain, name) is not None
+
+
+@pytest.mark.parametrize("module", INSIDE)
+def test_a_module_of_the_door(module: str) -> None:
+    found = importlib.import_module(module)
+    names = getattr(found, "__all__", None) or [
+        name for name, value in vars(found).items() if not name.startswith("_") and hasattr(value, "__doc__")
+    ]
+    assert set(INSIDE[module].split()) <= set(names)
+    if hasattr(found, "__all__"):
+        assert sorted(found.__all__) == sorted(INSIDE[module].split())
+
+
+def test_the_function_loop_is_not_shadowed_by_a_package() -> None:
+    importlib.import_module("ftrain.loops.loop")
+    assert callable(ftrain.loop)
+    assert callable(ftrain.init)
+    assert callable(ftrain.compile)
