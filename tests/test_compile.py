@@ -104,7 +104,8 @@ def test_without_a_compiler_there_is_one_warning_and_the_run_is_eager(tmp_path: 
         step = ft.train_step(model, lambda model, batch: model(batch).square().mean(), tx)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            result = ft.fit(ft.init(model, tx), step, [torch.ones(4, 3)] * 3, progress=False)
+            evals = {"val": ft.Evaluator(ft.eval_step(model, lambda m, b: {"x": m(b).mean()}), [torch.ones(4, 3)])}
+            result = ft.fit(ft.init(model, tx), step, [torch.ones(4, 3)] * 3, evals=evals, progress=False)
         own = [w for w in caught if issubclass(w.category, ft.errors.CompileWarning)]
         print(len(own), result.state.counters().step, str(own[0].message))
         """)
@@ -112,6 +113,7 @@ def test_without_a_compiler_there_is_one_warning_and_the_run_is_eager(tmp_path: 
     env = {**os.environ, "CXX": "/nonexistent/g++", "PATH": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     out = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=True).stdout
     assert out.startswith("1 3 ft.compile runs eager, nothing compiled")
+    assert "no C++ compiler was found" in out
 
 
 def test_a_donated_state_says_when_it_was_consumed_and_shows_the_way_out() -> None:

@@ -11,7 +11,10 @@ from ..state import TrainState
 from ..types import Batch
 from .backends import Program, Refused
 
-__all__ = ["Recompile", "difference", "doubt", "first_line", "signature"]
+__all__ = ["NO_COMPILER", "Recompile", "difference", "doubt", "first_line", "signature"]
+
+
+NO_COMPILER = "no C++ compiler was found, which torch.compile needs (install g++, or pass compile=False)"
 
 
 class Recompile(NamedTuple):
@@ -74,6 +77,8 @@ def innermost(error: BaseException) -> BaseException:
 def first_line(error: BaseException) -> str:
     """What went wrong, from the innermost cause, in one line."""
     cause = innermost(error)
+    if type(cause).__name__ == "InvalidCxxCompiler":
+        return NO_COMPILER
     if "requires_grad_()" in str(cause):
         return "the model or loss_fn stores a tensor with a gradient outside of the state (self.last = activation, say)"
     text = next((line for line in str(cause).splitlines() if line.strip()), "no message")

@@ -36,7 +36,7 @@ from ..metrics import Collect, Metric, normalise
 from ..state import TrainState, check_state
 from ..types import Batch
 from .backends import Drawn, Program, Refused, check_backend, checkpoints, compiler, programs, worth_guarding
-from .changes import Recompile, difference, doubt, first_line, innermost, signature
+from .changes import NO_COMPILER, Recompile, difference, doubt, first_line, innermost, signature
 from .donation import carry, consume, overwrite
 from .packed import Packed
 from .regions import using
@@ -57,6 +57,7 @@ _NAMES = {
     "eager": "eager, nothing compiled",
 }
 _serial = itertools.count()
+_ONCE: set[str] = set()  # reasons that are not said twice in a process
 
 
 def compile(
@@ -261,7 +262,11 @@ class CompiledStep:
             self.rung = rung
             self._signatures = [first]
             if reasons:
-                self.reason = "; ".join(dict.fromkeys(reasons))
+                self.reason = NO_COMPILER if NO_COMPILER in reasons else "; ".join(dict.fromkeys(reasons))
+                if self.reason in _ONCE:  # the machine's fault: said for the first step, not again for each evaluator
+                    return out
+                if self.reason == NO_COMPILER:
+                    _ONCE.add(self.reason)
                 warnings.warn(
                     f"ft.compile runs {_NAMES[rung]}, not {_NAMES['step']}: {self.reason}", CompileWarning, stacklevel=4
                 )
