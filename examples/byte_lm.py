@@ -1,10 +1,11 @@
 """Train a byte-level GPT on the source of Python's own standard library, and compare it with gzip.
 
     python examples/byte_lm.py --steps 300
-    python examples/byte_lm.py --steps 3000 --layers 6 --dropout 0
+    python examples/byte_lm.py --steps 3000
 
 Every tenth file is held out. Bits per byte say how well its bytes are predicted: 8 for pure guessing; `gzip -9` on the
-same bytes is the yardstick (and, unlike the model, it starts from nothing).
+same bytes is the yardstick (and, unlike the model, it starts from nothing). The first command, a minute or two on two
+cores, shows the loss falling; the second, about ten minutes, gets below gzip.
 """
 
 import argparse
