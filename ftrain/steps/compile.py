@@ -164,9 +164,8 @@ class CompiledStep:
         self._compiler = compiler
         self._dynamic = dynamic
         self._calls = 0
-        self._random = (
-            False  # whether some program draws random numbers: then the generators are seeded before each call
-        )
+        # Whether some program draws random numbers: then the generators are seeded before each call.
+        self._random = False
         self._programs: list[Program] = []
         self._signatures: list[dict[str, str]] = []
         self._parts: dict[tuple[int, str], Any] = {}
@@ -279,7 +278,7 @@ class CompiledStep:
         try:
             return self._whole(state, batch)
         except Exception as error:
-            if self._foreign or "_Foreign" not in repr(innermost(error)):
+            if self._foreign or not isinstance(innermost(error), _Foreign):
                 raise
         self._diagnose(state, batch)  # which raises where they are the outer model's
         self._foreign = True
