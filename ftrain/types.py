@@ -38,6 +38,7 @@ __all__ = [
     "Step",
     "Transform",
     "UpdateFn",
+    "ValueFn",
 ]
 
 Params = dict[str, Tensor]
@@ -56,19 +57,30 @@ class InitFn(Protocol):
 class UpdateFn(Protocol):
     """`update(grads, state, params) -> (updates, state)`.
 
-    `updates` has the structure, shapes and dtypes of `grads` and is *added* to the parameters. The new state has the structure,
-    shapes and dtypes of the old one. `params` are the parameters before the update; a transform that does not need them must
-    accept them all the same.
+    `updates` has the structure and shapes of `grads` and is *added* to the parameters, in the wider of the two dtypes, and the
+    sum is rounded once; its dtypes are those of `grads`, or float32 where `grads` are of half precision. The new state has the
+    structure, shapes and dtypes of the old one. `params` are the parameters before the update; a transform that does not need
+    them must accept them all the same.
+
+    A transform that evaluates the loss again (a line search) declares one keyword more, `value_fn: ValueFn | None = None`;
+    the step gives it to those alone.
     """
 
     def __call__(self, grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]: ...
+
+
+class ValueFn(Protocol):
+    """`value_fn(params) -> (value, grads)`: loss and gradient of this step's batch at other parameters; `value` is 0-d."""
+
+    def __call__(self, params: Any, /) -> tuple[Tensor, Any]: ...
 
 
 class Transform(NamedTuple):
     """An optimizer, or a piece of one: two pure functions (the form of optax).
 
     Laws: `update` keeps structure, shapes, dtypes and devices of gradients and of its state; hyper-parameters may be Python
-    numbers, 0-d tensors or schedules; nothing is read on the host.
+    numbers, 0-d tensors or schedules; nothing is read on the host. A state that has something to tell (its learning rate, a
+    norm) is a NamedTuple with a method `metrics() -> {name: 0-d tensor}`, see `ftrain.optim.metrics`.
 
     >>> import torch, ftrain as ft
     >>> tx = ft.optim.sgd(0.5)

@@ -4,8 +4,10 @@ from . import schedules as schedules
 from .adam import AdamState as AdamState
 from .adam import adam as adam
 from .adam import adamw as adamw
+from .clip import ClipState as ClipState
 from .clip import clip_by_global_norm as clip_by_global_norm
 from .clip import global_norm as global_norm
+from .report import metrics as metrics
 from .sgd import SgdState as SgdState
 from .sgd import sgd as sgd
 from .transform import Injected as Injected

@@ -13,6 +13,7 @@ from .. import tree
 from ..errors import ModelError, explain
 from ..types import Schedule, Transform
 from .lists import lerp, over
+from .report import lr_at, lr_leaf
 from .transform import new_count, nonnegative, value_at
 
 __all__ = ["AdamState", "adam", "adamw"]
@@ -21,11 +22,15 @@ DecayMask = str | Iterable[str] | Callable[[str, Tensor], bool]
 
 
 class AdamState(NamedTuple):
-    """`count`: int64 (), updates made, shared by all parameters; `mu`, `nu`: like the parameters."""
+    """`count`: int64 (), updates made; `lr`: float64 (), that of the last update; `mu`, `nu`: like the parameters."""
 
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, as in optax
+    lr: Tensor
     mu: Any
     nu: Any
+
+    def metrics(self) -> dict[str, Tensor]:
+        return {"lr": self.lr}
 
 
 def adam(
@@ -121,7 +126,9 @@ def _adam(
                         fix="keep the real and the imaginary part as one real parameter: torch.view_as_real(parameter)",
                     )
                 )
-        return AdamState(new_count(params), tree.map(torch.zeros_like, params), tree.map(torch.zeros_like, params))
+        count = new_count(params)
+        zeros = [tree.map(torch.zeros_like, params) for _ in range(2)]
+        return AdamState(count, lr_leaf(lr, count), *zeros)
 
     def update(grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]:
         rate, beta1, beta2, epsilon, decay = (value_at(h, state.count) for h in (lr, b1, b2, eps, weight_decay))
@@ -145,7 +152,7 @@ def _adam(
         updates, mu, nu = over(rule, grads, params, state.mu, state.nu, scalars=scalars)
         if decays and decoupled and mask is not None:
             updates = _add_decay(updates, params, _decaying(mask, params), rate * decay)
-        return updates, AdamState(count, mu, nu)
+        return updates, AdamState(count, lr_at(rate, state.lr), mu, nu)
 
     return Transform(init, update)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,17 @@ from ..types import Schedule, Transform
 from .lists import norms, over
 from .transform import new_count, nonnegative, value_at
 
-__all__ = ["clip_by_global_norm", "global_norm"]
+__all__ = ["ClipState", "clip_by_global_norm", "global_norm"]
+
+
+class ClipState(NamedTuple):
+    """`count`: int64 (), updates made; `norm`: (), the global norm before the last clipping, in the gradients' dtype."""
+
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, as in optax
+    norm: Tensor
+
+    def metrics(self) -> dict[str, Tensor]:
+        return {"grad_norm": self.norm}
 
 
 def global_norm(values: Any) -> Tensor:
@@ -24,6 +34,11 @@ def global_norm(values: Any) -> Tensor:
     """
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms(tree.leaves(values))))
     return total
+
+
+def norm_dtype(params: Any) -> torch.dtype:
+    """In what a norm over these leaves is kept: float64 where a leaf is, else float32."""
+    return torch.float64 if any(leaf.dtype == torch.float64 for leaf in tree.tensors(params)) else torch.float32
 
 
 def clip_by_global_norm(max_norm: float | Tensor | Schedule) -> Transform:
@@ -46,15 +61,16 @@ def clip_by_global_norm(max_norm: float | Tensor | Schedule) -> Transform:
     tensor([0.3000, 0.4000])
     """
     nonnegative(max_norm=max_norm)
-    scheduled = not isinstance(max_norm, (int, float, Tensor))
 
-    def init(params: Any, /) -> Any:
-        return (new_count(params),) if scheduled else ()
+    def init(params: Any, /) -> ClipState:
+        count = new_count(params)
+        return ClipState(count, torch.zeros_like(count, dtype=norm_dtype(params)))
 
     def update(grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]:
-        limit: Any = value_at(max_norm, state[0]) if scheduled else max_norm
+        norm = global_norm(grads)
+        limit: Any = value_at(max_norm, state.count)
         # scale: the one factor by which the whole gradient shrinks
-        factor = (limit / (global_norm(grads) + 1e-6)).clamp(max=1.0)
-        return over(lambda g: g * factor, grads), ((state[0] + 1,) if scheduled else ())
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        return over(lambda g: g * factor, grads), ClipState(state.count + 1, norm.to(state.norm.dtype))
 
     return Transform(init, update)

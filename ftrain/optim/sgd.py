@@ -11,16 +11,21 @@ from .. import tree
 from ..errors import LimitError, explain
 from ..types import Schedule, Transform
 from .lists import over
+from .report import lr_at, lr_leaf
 from .transform import new_count, nonnegative, value_at
 
 __all__ = ["SgdState", "sgd"]
 
 
 class SgdState(NamedTuple):
-    """`count`: int64 (), updates made; `momentum`: like the parameters, or None without momentum."""
+    """`count`: int64 (), updates made; `lr`: float64 (), that of the last one; `momentum`: like the parameters, or None without."""
 
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, as in optax
+    lr: Tensor
     momentum: Any
+
+    def metrics(self) -> dict[str, Tensor]:
+        return {"lr": self.lr}
 
 
 def sgd(
@@ -62,7 +67,8 @@ def sgd(
         )
 
     def init(params: Any, /) -> SgdState:
-        return SgdState(new_count(params), tree.map(torch.zeros_like, params) if keeps else None)
+        count = new_count(params)
+        return SgdState(count, lr_leaf(lr, count), tree.map(torch.zeros_like, params) if keeps else None)
 
     def update(grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]:
         scalars = [value_at(h, state.count) for h in (lr, momentum, weight_decay)]
@@ -79,7 +85,7 @@ def sgd(
             updates, buffer = over(heavy, grads, params, state.momentum, scalars=scalars)
         else:
             updates, buffer = over(plain, grads, params, scalars=scalars), None
-        return updates, SgdState(state.count + 1, buffer)
+        return updates, SgdState(state.count + 1, lr_at(scalars[0], state.lr), buffer)
 
     return Transform(init, update)
 

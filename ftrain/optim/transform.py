@@ -97,6 +97,9 @@ class Injected(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, as in optax
     inner: Any
 
+    def metrics(self) -> dict[str, Tensor]:
+        return self.hyper
+
 
 def inject(factory: Callable[..., Transform]) -> Callable[..., Transform]:
     """Turn the numeric hyper-parameters of an optimizer into leaves of its state.
