@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import tree
-from ..errors import ModelError, explain
 from ..types import Schedule, Transform
-from .lists import lerp, over
+from .gradient import descent, fractions, is_zero, no_complex
+from .lists import lerp, maximum, over
+from .masks import Mask, put, resolve, take
 from .report import lr_at, lr_leaf
 from .transform import new_count, nonnegative, value_at
 
 __all__ = ["AdamState", "adam", "adamw"]
 
-DecayMask = str | Iterable[str] | Callable[[str, Tensor], bool]
-
 
 class AdamState(NamedTuple):
-    """`count`: int64 (), updates made; `lr`: float64 (), that of the last update; `mu`, `nu`: like the parameters."""
+    """`count`: int64 (), updates made; `lr`: float64 (), that of the last update; `mu`, `nu`: like the parameters.
+
+    `nu_max`: like the parameters with `amsgrad`, else None.
+    """
 
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, as in optax
     lr: Tensor
     mu: Any
     nu: Any
+    nu_max: Any = None
 
     def metrics(self) -> dict[str, Tensor]:
         return {"lr": self.lr}
@@ -39,12 +40,14 @@ def adam(
     b2: float | Tensor | Schedule = 0.999,
     eps: float = 1e-8,
     weight_decay: float | Tensor | Schedule = 0.0,
+    amsgrad: bool = False,
+    maximize: bool = False,
 ) -> Transform:
     """Adam, as `torch.optim.Adam`.
 
     Update, with g the gradient, p the parameter and t the update, from 1 on: `g' = g + weight_decay * p`;
     `mu = b1 mu + (1 - b1) g'`; `nu = b2 nu + (1 - b2) g'^2`;
-    `p -= lr * (mu / (1 - b1^t)) / (sqrt(nu / (1 - b2^t)) + eps)`.
+    `p -= lr * (mu / (1 - b1^t)) / (sqrt(nu / (1 - b2^t)) + eps)`. With `amsgrad` the largest `nu` so far stands in place of `nu`.
 
     Args:
         lr: learning rate.
@@ -52,11 +55,14 @@ def adam(
         b2: decay of the second moment.
         eps: added to the root.
         weight_decay: L2 penalty, added to the gradient (for decoupled decay see `adamw`).
+        amsgrad: divide by the largest second moment so far, which keeps one more moment.
+        maximize: climb instead: `-g` in place of `g`.
 
     Raises:
-        LimitError: a negative hyper-parameter.
+        LimitError: a negative hyper-parameter, or `b1`, `b2` not below 1.
 
-    Source: Kingma & Ba, "Adam: A method for stochastic optimization", ICLR 2015.
+    Source: Kingma & Ba, "Adam: A method for stochastic optimization", ICLR 2015; Reddi, Kale & Kumar, "On the convergence of
+    Adam and beyond", ICLR 2018 (AMSGrad).
 
     >>> import torch, ftrain as ft
     >>> tx = ft.optim.adam(0.1)
@@ -66,7 +72,8 @@ def adam(
     (tensor([-0.1000]), tensor(1))
     """
     nonnegative(lr=lr, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    return _adam(lr, b1, b2, eps, weight_decay, decoupled=False, mask=None)
+    fractions(b1=b1, b2=b2)
+    return _adam(lr, b1, b2, eps, weight_decay, decoupled=False, mask=None, amsgrad=amsgrad, maximize=maximize)
 
 
 def adamw(
@@ -75,7 +82,9 @@ def adamw(
     b2: float | Tensor | Schedule = 0.999,
     eps: float = 1e-8,
     weight_decay: float | Tensor | Schedule = 1e-2,
-    mask: DecayMask | None = None,
+    mask: Mask | None = None,
+    amsgrad: bool = False,
+    maximize: bool = False,
 ) -> Transform:
     """Adam with decoupled weight decay, as `torch.optim.AdamW`.
 
@@ -87,17 +96,19 @@ def adamw(
         b2: decay of the second moment.
         eps: added to the root.
         weight_decay: strength of the decay, times the learning rate.
-        mask: which parameters decay: a path pattern (`"*.weight"`), several, or a predicate `(path, parameter) -> bool`, e.g.
-            `lambda path, p: p.ndim >= 2` to leave out biases and norms. Default: all.
+        mask: which parameters decay: a path pattern (`"*.weight"`), several, a predicate `(path, parameter) -> bool` such as
+            `ft.optim.no_bias_or_norm`, or a tree of bools. Default: all.
+        amsgrad: divide by the largest second moment so far, which keeps one more moment.
+        maximize: climb instead: `-g` in place of `g`; the decay stays a decay.
 
     Raises:
-        LimitError: a negative hyper-parameter.
-        ModelError: a mask pattern that matches nothing.
+        LimitError: a negative hyper-parameter, or `b1`, `b2` not below 1.
+        ModelError: from `init`, a mask that does not fit the parameters.
 
     Source: Loshchilov & Hutter, "Decoupled weight decay regularization", ICLR 2019.
 
     >>> import torch, ftrain as ft
-    >>> tx = ft.optim.adamw(0.1, weight_decay=0.5, mask=lambda path, p: p.ndim >= 2)
+    >>> tx = ft.optim.adamw(0.1, weight_decay=0.5, mask=ft.optim.no_bias_or_norm)
     >>> params = {"w": torch.ones(1, 1), "b": torch.ones(1)}
     >>> grads = {"w": torch.ones(1, 1), "b": torch.ones(1)}
     >>> updates, _ = tx.update(grads, tx.init(params), params)
@@ -105,30 +116,31 @@ def adamw(
     (tensor([[-0.1500]]), tensor([-0.1000]))
     """
     nonnegative(lr=lr, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    return _adam(lr, b1, b2, eps, weight_decay, decoupled=True, mask=mask)
+    fractions(b1=b1, b2=b2)
+    return _adam(lr, b1, b2, eps, weight_decay, decoupled=True, mask=mask, amsgrad=amsgrad, maximize=maximize)
 
 
 def _adam(
-    lr: Any, b1: Any, b2: Any, eps: Any, weight_decay: Any, *, decoupled: bool, mask: DecayMask | None
+    lr: Any,
+    b1: Any,
+    b2: Any,
+    eps: Any,
+    weight_decay: Any,
+    *,
+    decoupled: bool,
+    mask: Mask | None,
+    amsgrad: bool,
+    maximize: bool,
 ) -> Transform:
-    decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
+    decays = not is_zero(weight_decay)
 
     def init(params: Any, /) -> AdamState:
-        _decaying(mask, params)
-        for path, leaf in tree.items(params, root="params"):
-            if leaf.is_complex():
-                raise ModelError(
-                    explain(
-                        "adam: complex parameters are not supported.",
-                        where=path,
-                        expected="a real floating dtype",
-                        got=tree.describe(leaf),
-                        fix="keep the real and the imaginary part as one real parameter: torch.view_as_real(parameter)",
-                    )
-                )
+        if mask is not None:
+            resolve(mask, params, "adamw: mask")
+        no_complex("adam", params)
         count = new_count(params)
-        zeros = [tree.map(torch.zeros_like, params) for _ in range(2)]
-        return AdamState(count, lr_leaf(lr, count), *zeros)
+        mu, nu, *top = (tree.map(torch.zeros_like, params) for _ in range(3 if amsgrad else 2))
+        return AdamState(count, lr_leaf(lr, count), mu, nu, *top)
 
     def update(grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]:
         rate, beta1, beta2, epsilon, decay = (value_at(h, state.count) for h in (lr, b1, b2, eps, weight_decay))
@@ -138,55 +150,24 @@ def _adam(
         root2 = (1.0 - beta2**t).sqrt()
         size = rate / (1.0 - beta1**t)
 
-        def rule(
-            g: Any, p: Any, mu: Any, nu: Any, size: Any, root2: Any, decay: Any, shrink: Any
-        ) -> tuple[Any, Any, Any]:
-            if decays and not decoupled:
-                g = g + p * decay
+        def rule(g: Any, p: Any, mu: Any, nu: Any, *more: Any) -> tuple[Any, ...]:
+            *top, size, root2, decay, shrink = more
+            g = descent(g, p, decay, decays=decays and not decoupled, maximize=maximize)
             mu = lerp(mu, g, 1.0 - beta1)
             nu = lerp(nu, g * g, 1.0 - beta2)
-            change = mu / (nu.sqrt() / root2 + epsilon) * -size
-            return (change - p * shrink if decays and decoupled and mask is None else change), mu, nu
+            top = [maximum(one, nu) for one in top]
+            change = mu / ((top[0] if amsgrad else nu).sqrt() / root2 + epsilon) * -size
+            return (change - p * shrink if decays and decoupled and mask is None else change), mu, nu, *top
 
         scalars = (size, root2, decay, rate * decay)
-        updates, mu, nu = over(rule, grads, params, state.mu, state.nu, scalars=scalars)
+        moments = (state.mu, state.nu, state.nu_max) if amsgrad else (state.mu, state.nu)
+        updates, *moments = over(rule, grads, params, *moments, scalars=scalars)
         if decays and decoupled and mask is not None:
-            updates = _add_decay(updates, params, _decaying(mask, params), rate * decay)
-        return updates, AdamState(count, lr_at(rate, state.lr), mu, nu)
+            chosen = resolve(mask, params, "adamw: mask")
+            shrunk = over(
+                lambda u, p, s: u - p * s, take(updates, chosen), take(params, chosen), scalars=(rate * decay,)
+            )
+            updates = put(updates, shrunk)
+        return updates, AdamState(count, lr_at(rate, state.lr), *moments)
 
     return Transform(init, update)
-
-
-def _decaying(mask: DecayMask | None, params: Any) -> list[bool]:
-    """Which leaves decay, in the order of the leaves. Known from paths and shapes alone, so constant under compile."""
-    names = _names(params)
-    if mask is None:
-        return [True] * len(names)
-    if callable(mask):
-        return [bool(mask(name, leaf)) for name, leaf in zip(names, tree.leaves(params), strict=True)]
-    patterns = [mask] if isinstance(mask, str) else list(mask)
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise ModelError(
-                explain(
-                    f"adamw: the pattern mask={pattern!r} matches no parameter.",
-                    expected=f"a pattern for some of: {', '.join(names[:6])}",
-                    fix='mask="*.weight"',
-                )
-            )
-    return [any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns) for name in names]
-
-
-def _names(params: Any) -> list[str]:
-    if isinstance(params, dict) and all(isinstance(leaf, Tensor) for leaf in params.values()):
-        return sorted(params)
-    return tree.paths(params, root="params")
-
-
-def _add_decay(updates: Any, params: Any, decaying: list[bool], strength: Any) -> Any:
-    new, old = tree.leaves(updates), tree.leaves(params)
-    at = [i for i, chosen in enumerate(decaying) if chosen]
-    decayed = over(lambda u, p, s: u - p * s, [new[i] for i in at], [old[i] for i in at], scalars=(strength,))
-    for i, leaf in zip(at, decayed, strict=True):
-        new[i] = leaf
-    return tree.unflatten(tree.structure(updates), new)

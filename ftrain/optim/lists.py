@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import tree
 
-__all__ = ["Leaves", "lerp", "norms", "over"]
+__all__ = ["Leaves", "lerp", "maximum", "minimum", "norms", "over", "where"]
 
 Operand = Any  # Leaves | float | 0-d Tensor
 _foreach: Any = torch  # the stubs of torch's list operations do not know all of their overloads
@@ -52,6 +52,20 @@ class Leaves:
     def __neg__(self) -> Leaves:
         return Leaves(torch._foreach_neg(self.tensors))
 
+    def __gt__(self, other: Operand) -> Leaves:  # no list operation compares
+        return Leaves([a > b for a, b in zip(self.tensors, _each(other, len(self.tensors)), strict=True)])
+
+    def __lt__(self, other: Operand) -> Leaves:
+        return Leaves([a < b for a, b in zip(self.tensors, _each(other, len(self.tensors)), strict=True)])
+
+    def abs(self) -> Leaves:
+        """Absolute value of each element."""
+        return Leaves(torch._foreach_abs(self.tensors))
+
+    def sign(self) -> Leaves:
+        """-1, 0 or 1 for each element."""
+        return Leaves(torch._foreach_sign(self.tensors))
+
     def sqrt(self) -> Leaves:
         """Square root of each element."""
         return Leaves(torch._foreach_sqrt(self.tensors))
@@ -68,6 +82,55 @@ def lerp(a: Any, b: Any, weight: Any) -> Any:
     if isinstance(a, Leaves) and not isinstance(weight, Tensor):
         return Leaves(_foreach._foreach_lerp(a.tensors, b.tensors, weight))
     return a + (b - a) * weight
+
+
+def maximum(a: Any, b: Any) -> Any:
+    """The larger of `a` (tensors or `Leaves`) and `b` (the same, a number or a 0-d tensor), element by element.
+
+    >>> import torch
+    >>> from ftrain.optim.lists import maximum
+    >>> maximum(torch.tensor([-1.0, 2.0]), 0.0)
+    tensor([0., 2.])
+    """
+    if not isinstance(a, Leaves):
+        return torch.clamp(a, min=b)
+    if isinstance(b, Tensor):  # the list operation wants a number, and would read this one on the host
+        return Leaves([torch.clamp(one, min=b) for one in a.tensors])
+    return Leaves(_foreach._foreach_clamp_min(a.tensors, _values(b)))
+
+
+def minimum(a: Any, b: Any) -> Any:
+    """The smaller of `a` (tensors or `Leaves`) and `b` (the same, a number or a 0-d tensor), element by element.
+
+    >>> import torch
+    >>> from ftrain.optim.lists import minimum
+    >>> minimum(torch.tensor([-1.0, 2.0]), 0.0)
+    tensor([-1.,  0.])
+    """
+    if not isinstance(a, Leaves):
+        return torch.clamp(a, max=b)
+    if isinstance(b, Tensor):
+        return Leaves([torch.clamp(one, max=b) for one in a.tensors])
+    return Leaves(_foreach._foreach_clamp_max(a.tensors, _values(b)))
+
+
+def where(condition: Any, a: Any, b: Any) -> Any:
+    """`a` where the condition holds (0-d, or element by element), else `b`; one of the two is tensors or `Leaves`.
+
+    >>> import torch
+    >>> from ftrain.optim.lists import where
+    >>> where(torch.tensor([True, False]), torch.ones(2), 0.0)
+    tensor([1., 0.])
+    """
+    found = next((one for one in (condition, a, b) if isinstance(one, Leaves)), None)
+    if found is None:
+        return torch.where(condition, a, b)
+    columns = [_each(one, len(found.tensors)) for one in (condition, a, b)]
+    return Leaves([torch.where(*row) for row in zip(*columns, strict=True)])
+
+
+def _each(value: Operand, count: int) -> Any:
+    return value.tensors if isinstance(value, Leaves) else [value] * count
 
 
 def _values(other: Operand) -> Any:
@@ -105,16 +168,20 @@ def over(rule: Callable[..., Any], first: Any, *rest: Any, scalars: Sequence[Any
         tree.zip_strict(lists[0], other, "gradients, optimizer state and parameters are")
     if not lists[0]:
         return first
+    refs = lists[0]
+    # A 0-d leaf would be promoted by a 0-d hyper-parameter of float64, and half of the list operations refuse mixed dtypes.
+    if any(leaf.ndim == 0 for leaf in lists[0]):
+        lists = [[leaf.unsqueeze(0) if leaf.ndim == 0 else leaf for leaf in found] for found in lists]
     if _one_by_one():
         each = _spread(scalars, lists[0])
         rows = [rule(*row, *own) for row, own in zip(zip(*lists, strict=True), each, strict=True)]
         if isinstance(rows[0], tuple):
-            return tuple([tree.unflatten(shape, _as(lists[0], column)) for column in zip(*rows, strict=True)])
-        return tree.unflatten(shape, _as(lists[0], rows))
+            return tuple([tree.unflatten(shape, _as(refs, column)) for column in zip(*rows, strict=True)])
+        return tree.unflatten(shape, _as(refs, rows))
     out = rule(*[Leaves(found) for found in lists], *scalars)
     if isinstance(out, tuple):
-        return tuple([tree.unflatten(shape, _as(lists[0], one.tensors)) for one in out])
-    return tree.unflatten(shape, _as(lists[0], out.tensors))
+        return tuple([tree.unflatten(shape, _as(refs, one.tensors)) for one in out])
+    return tree.unflatten(shape, _as(refs, out.tensors))
 
 
 def _spread(scalars: Sequence[Any], leaves: list[Tensor]) -> list[list[Any]]:
@@ -141,5 +208,6 @@ def _spread(scalars: Sequence[Any], leaves: list[Tensor]) -> list[list[Any]]:
 
 
 def _as(refs: list[Tensor], found: Any) -> list[Tensor]:
-    """In the dtypes of the first tree: a 0-d leaf is promoted by a 0-d hyper-parameter of float64, others are not."""
+    """In the dtypes of the first tree, and 0-d where it is."""
+    found = [one.reshape(()) if ref.ndim == 0 else one for one, ref in zip(found, refs, strict=True)]
     return [one if one.dtype == ref.dtype else one.to(ref.dtype) for one, ref in zip(found, refs, strict=True)]

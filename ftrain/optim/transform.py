@@ -51,7 +51,7 @@ def chain(*transforms: Transform) -> Transform:
     tensor([-0.6000, -0.8000])
     """
     for position, one in enumerate(transforms):
-        if not isinstance(one, Transform):
+        if not (callable(getattr(one, "init", None)) and callable(getattr(one, "update", None))):
             raise TypeError(
                 explain(
                     "ft.optim.chain wants transforms.",
@@ -174,10 +174,13 @@ def is_schedule(value: object) -> bool:
 
 
 def value_at(hyper: float | Tensor | Schedule, count: Tensor) -> float | Tensor:
-    """A hyper-parameter at this update: schedules are called with the count, numbers and tensors stand for themselves."""
-    if isinstance(hyper, (int, float, Tensor)):
+    """A hyper-parameter at this update: schedules are called with the count, numbers and tensors stand for themselves.
+
+    A tensor comes in float64, so that products of hyper-parameters are not rounded before they meet the leaves.
+    """
+    if isinstance(hyper, (int, float)):
         return hyper
-    return hyper(count)
+    return (hyper if isinstance(hyper, Tensor) else hyper(count)).to(torch.float64)
 
 
 def nonnegative(**hyper: Any) -> None:
