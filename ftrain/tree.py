@@ -142,6 +142,10 @@ def paths(tree: Any, root: str = "tree") -> list[str]:
     >>> tree.paths({"w": 1, "b": (2, 3)}, root="params")
     ["params['b'][0]", "params['b'][1]", "params['w']"]
     """
+    if torch.compiler.is_compiling():
+        found: list[str] = []
+        _traced_paths(tree, root, found)
+        return found
     return [accessor.codify(root) for accessor in optree.tree_accessors(tree, namespace=NAMESPACE)]
 
 
@@ -297,6 +301,25 @@ def _traced_flatten(tree: Any, into: list[Any]) -> Any:
         return (kind, len(tree), tuple([_traced_flatten(one, into) for one in tree]), ())
     into.append(tree)
     return "leaf"
+
+
+def _traced_paths(tree: Any, path: str, into: list[str]) -> None:
+    """Append the path of each leaf, as `paths` writes them."""
+    kind = type(tree)
+    if tree is None:
+        return
+    names = _fields.get(kind) or getattr(kind, "_fields", None)
+    if names is not None:
+        for name in names:
+            _traced_paths(getattr(tree, name), f"{path}.{name}", into)
+    elif isinstance(tree, dict):
+        for key in sorted(tree):
+            _traced_paths(tree[key], f"{path}[{key!r}]", into)
+    elif isinstance(tree, (tuple, list)):
+        for index, child in enumerate(tree):
+            _traced_paths(child, f"{path}[{index}]", into)
+    else:
+        into.append(path)
 
 
 def _traced_same(a: Any, b: Any) -> bool:

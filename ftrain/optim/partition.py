@@ -1,0 +1,224 @@
+"""Groups of parameters, each with a transform of its own.
+
+Laws
+----
+- `partition(labels, {"a": tx})` with one label for all computes what `tx` does.
+- A group's transform sees its own leaves alone: `clip_by_global_norm` in a group takes the norm of that group.
+- A group can be updated by itself, with `tx.select(params)[label]`, `tx.transforms[label]` and `state[label]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .. import tree
+from ..errors import ModelError, explain
+from ..types import Transform
+from .masks import check_patterns, matches, names, nearest, put, some, take
+
+__all__ = ["Labels", "Partition", "partition"]
+
+Labels = Any  # {pattern: label} | Callable[[str, Tensor], str] | a tree of labels
+
+_FIX = 'ft.optim.partition({"head.*": "new", "*": "old"}, {"new": ft.optim.adamw(1e-3), "old": ft.optim.adamw(1e-5)})'
+
+
+class Partition(Transform):
+    """A transform that keeps its groups apart: made by `partition`.
+
+    Attributes:
+        labels: how the leaves are labelled.
+        transforms: the transform of each label.
+
+    >>> import torch, ftrain as ft
+    >>> tx = ft.optim.partition({"gen.*": "gen", "*": "dis"}, {"gen": ft.optim.adam(1e-4), "dis": ft.optim.adam(4e-4)})
+    >>> params = {"gen.w": torch.ones(1), "dis.w": torch.zeros(1)}
+    >>> tx.select(params)["gen"], list(tx.transforms), sorted(tx.init(params))
+    ({'gen.w': tensor([1.])}, ['gen', 'dis'], ['dis', 'gen'])
+    """
+
+    labels: Labels
+    transforms: Mapping[str, Transform]
+    _allow_empty: bool
+
+    def select(self, params: Any) -> dict[str, dict[str, Any]]:
+        """The leaves of each label, as a flat dict by path; the groups of gradients are found in the same way.
+
+        >>> import torch, ftrain as ft
+        >>> tx = ft.optim.partition(lambda path, p: f"{p.ndim}d", {"1d": ft.optim.sgd(0.1), "2d": ft.optim.sgd(0.2)})
+        >>> tx.select({"w": torch.ones(1, 1), "b": torch.zeros(1)})
+        {'1d': {'b': tensor([0.])}, '2d': {'w': tensor([[1.]])}}
+        """
+        return _split(params, _labelled(self, params), self.transforms)
+
+    def merge(self, params: Any, part: dict[str, Any]) -> Any:
+        """The tree with the leaves of one group (by path) in their places.
+
+        >>> import torch, ftrain as ft
+        >>> tx = ft.optim.partition({"a": "one", "b": "two"}, {"one": ft.optim.sgd(0.1), "two": ft.optim.sgd(0.2)})
+        >>> tx.merge({"a": torch.ones(1), "b": torch.ones(1)}, {"b": torch.zeros(1)})
+        {'a': tensor([1.]), 'b': tensor([0.])}
+        """
+        return put(params, part)
+
+
+def partition(labels: Labels, transforms: Mapping[str, Transform], *, allow_empty: bool = False) -> Partition:
+    """Give each group of parameters a transform of its own: learning rates, decay, or another optimizer altogether.
+
+    Args:
+        labels: `{pattern: label}`, of which the first pattern that matches a path counts, and `"*"` is the default; a function
+            `(path, leaf) -> label`; or a tree of labels of the parameters' structure.
+        transforms: `{label: transform}`.
+        allow_empty: let a transform have no leaves: for labels that depend on shapes, when a model may have none of a kind.
+
+    Returns:
+        A `Partition`: a transform whose state is the dict of the groups' states by label, each on the flat dict of its own leaves,
+        so that a group's learning rate is the metric `lr/<label>`. A group without leaves has the state `()`.
+
+    Raises:
+        ModelError: a label without a transform or a transform without a label, a pattern that matches nothing, a leaf without a
+            label; all but the first two from `init`.
+
+    Source: the idea of `optax.partition` (formerly `multi_transform`), whose arguments stand in the other order.
+
+    >>> import torch, ftrain as ft
+    >>> tx = ft.optim.partition({"head.*": "new", "*": "old"}, {"new": ft.optim.sgd(1.0), "old": ft.optim.sgd(0.1)})
+    >>> params = {"body.w": torch.zeros(1), "head.w": torch.zeros(1)}
+    >>> updates, state = tx.update({"body.w": torch.ones(1), "head.w": torch.ones(1)}, tx.init(params), params)
+    >>> updates
+    {'body.w': tensor([-0.1000]), 'head.w': tensor([-1.])}
+    >>> sorted(ft.optim.metrics(state))
+    ['lr/new', 'lr/old']
+    """
+    _check_arguments(labels, transforms)
+    made: Partition
+
+    def init(params: Any, /) -> dict[str, Any]:
+        groups = made.select(params)
+        if not allow_empty:
+            _check_used(made, params, groups)
+        return {label: transforms[label].init(group) if group else () for label, group in groups.items()}
+
+    def update(grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]:
+        found = _labelled(made, params)
+        own, old = _split(grads, found, transforms), _split(params, found, transforms)
+        new: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
+        for label, one in transforms.items():
+            if not own[label]:
+                new[label] = state[label]
+                continue
+            updates, new[label] = one.update(own[label], state[label], old[label])
+            merged |= updates
+        return put(grads, merged), new
+
+    made = Partition(init, update)
+    made.labels, made.transforms, made._allow_empty = labels, dict(transforms), allow_empty
+    return made
+
+
+def _labelled(tx: Partition, params: Any) -> list[str]:
+    """The label of each leaf, in the order of `tree.leaves`: a matter of paths and shapes, so constant under compile."""
+    labels, found = tx.labels, names(params)
+    if _by_pattern(labels):
+        check_patterns([pattern for pattern in labels if pattern != "*"], found, "partition: labels")
+        chosen: list[Any] = [_first(labels, name) for name in found]
+        missing = [name for name, label in zip(found, chosen, strict=True) if label is None]
+        if missing:
+            raise ModelError(
+                explain(
+                    "partition: leaves without a label.",
+                    where=some(missing),
+                    expected="a pattern that matches each path",
+                    fix=f'labels={{..., "*": {next(iter(labels.values()))!r}}}   # a default',
+                )
+            )
+    elif callable(labels):
+        chosen = [labels(name, leaf) for name, leaf in zip(found, tree.leaves(params), strict=True)]
+    else:
+        if not tree.same_structure(labels, params):
+            raise ModelError(
+                explain(
+                    "partition: the tree of labels has another structure than the parameters.",
+                    expected=some(found),
+                    got=some(tree.paths(labels, "labels")),
+                    fix=_FIX,
+                )
+            )
+        chosen = tree.leaves(labels)
+    for name, label in zip(found, chosen, strict=True):
+        _check_label(label, tx.transforms, name)
+    return chosen
+
+
+def _first(labels: dict[str, str], name: str) -> str | None:
+    for pattern, label in labels.items():
+        if matches(name, (pattern,)):
+            return label
+    return None
+
+
+def _split(params: Any, found: list[str], transforms: Mapping[str, Transform]) -> dict[str, dict[str, Any]]:
+    return {label: take(params, [one == label for one in found]) for label in transforms}
+
+
+def _by_pattern(labels: Labels) -> bool:
+    return (
+        isinstance(labels, dict)
+        and bool(labels)
+        and all(isinstance(pattern, str) and isinstance(label, str) for pattern, label in labels.items())
+    )
+
+
+def _check_arguments(labels: Labels, transforms: Any) -> None:
+    if not (isinstance(transforms, Mapping) and transforms and all(map(_is_transform, transforms.values()))):
+        swapped = isinstance(labels, Mapping) and bool(labels) and all(map(_is_transform, labels.values()))
+        raise ModelError(
+            explain(
+                "partition wants the labels first, then the transform of each label.",
+                expected="partition(labels, {label: Transform(init, update)})",
+                got="partition(transforms, labels)" if swapped else f"transforms={transforms!r}",
+                cause="the arguments stand in the other order than in optax" if swapped else None,
+                fix=_FIX,
+            )
+        )
+    if _by_pattern(labels):
+        for pattern, label in labels.items():
+            _check_label(label, transforms, f"labels[{pattern!r}]")
+        for label in transforms:
+            if label not in labels.values():
+                raise ModelError(_unused(label, list(labels.values())))
+
+
+def _check_label(label: Any, transforms: Mapping[str, Transform], where: str) -> None:
+    if label not in transforms:
+        like = nearest(str(label), transforms)
+        raise ModelError(
+            explain(
+                f"partition: the label {label!r} has no transform.",
+                where=where,
+                expected=f"one of: {some(list(transforms))}",
+                fix=f"label {like!r}" if like else f"transforms={{..., {label!r}: ft.optim.adamw(1e-3)}}",
+            )
+        )
+
+
+def _check_used(tx: Partition, params: Any, groups: dict[str, dict[str, Any]]) -> None:
+    default = tx.labels.get("*") if _by_pattern(tx.labels) else None
+    for label, group in groups.items():
+        if not group and label != default:  # what a default leaves over may be nothing
+            raise ModelError(_unused(label, _labelled(tx, params)))
+
+
+def _unused(label: str, used: list[str]) -> str:
+    like = nearest(label, used)
+    return explain(
+        f"partition: no leaf has the label {label!r}, so its transform would do nothing.",
+        expected=f"labels that are used: {some(sorted(set(used))) or '(none)'}",
+        fix=f"transforms={{{like!r}: ...}}" if like else "leave the transform out, or allow_empty=True",
+    )
+
+
+def _is_transform(value: object) -> bool:
+    return callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
