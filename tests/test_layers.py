@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up. A module imports from its own unit and from the layers below its own.
 LAYERS = (
-    ("types", "errors", "tree", "state", "rng", "metrics", "_version"),
+    ("types", "errors", "tree", "state", "rng", "metrics", "figure", "precision", "_version"),
     ("optim", "data", "sinks"),
     ("steps",),
     ("loops",),

@@ -5,7 +5,6 @@ The figure is a value: it belongs to no pyplot state and to no GUI, is not shown
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from .. import figure
 from ..errors import explain
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def curves(
     wanted = wanted or known
     places = _places(rows, x)
     splits = list(dict.fromkeys(["train", *(row.split for row in rows)]))  # a split has one colour in all panels
-    figure, panels = _grid(len(wanted), AXES[x])
+    drawn, panels = _grid(len(wanted), AXES[x])
     for axes, name in zip(panels, wanted, strict=True):
         for number, split in enumerate(splits):
             found = [i for i, row in enumerate(rows) if row.split == split and isinstance(row.metrics.get(name), Real)]
@@ -94,10 +94,8 @@ def curves(
                 values = np.asarray([float(rows[i].metrics[name]) for i in found])
                 _draw(axes, places[found], values, split=split, colour=f"C{number}", log=log, smooth=smooth)
         _dress(axes, name, log, whole=x != "seconds")
-    if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    return figure
+    figure.save(drawn, path)
+    return drawn
 
 
 def _check(wanted: list[str], known: list[str], x: str, smooth: float) -> None:
@@ -168,42 +166,18 @@ def _places(rows: list[Row], x: str) -> Array:
 
 
 def _grid(panels: int, label: str) -> tuple[Figure, list[Axes]]:
-    """A figure that displays itself in Jupyter, with at most three panels side by side."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise ImportError(
-            explain(
-                "plots need matplotlib, and it cannot be imported.",
-                where="ftrain.sinks.plots.curves",
-                got=f"{type(error).__name__}: {error}",
-                fix="pip install 'ftrain[plot]'",
-            )
-        ) from error
-
-    class Displayed(Figure):
-        """Jupyter shows figures that pyplot made; this one was not."""
-
-        def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-            width, height = (int(inches * self.dpi) for inches in self.get_size_inches())
-            png = io.BytesIO()
-            self.savefig(png, format="png", dpi=2 * self.dpi)  # two pixels for one, for sharp screens
-            return png.getvalue(), {"width": width, "height": height}
-
+    """A figure with at most three panels side by side."""
     columns = {1: 1, 2: 2, 4: 2}.get(panels, 3)
     lines = math.ceil(panels / columns)
-    figure = Displayed(
-        figsize=(6, 4) if panels == 1 else (4.2 * columns, 3.2 * lines),
-        layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08),
-    )
+    size = (6.0, 4.0) if panels == 1 else (4.2 * columns, 3.2 * lines)
+    drawn = figure.new("ftrain.sinks.plots.curves", size)
     axes: list[Axes] = []
     for i in range(panels):
-        axes.append(figure.add_subplot(lines, columns, i + 1, sharex=axes[0] if axes else None))
+        axes.append(drawn.add_subplot(lines, columns, i + 1, sharex=axes[0] if axes else None))
         if i + columns >= panels:  # nothing stands below it
             axes[-1].set_xlabel(label)
-    figure.align_ylabels()
-    return figure, axes
+    drawn.align_ylabels()
+    return drawn, axes
 
 
 def _draw(axes: Axes, at: Array, values: Array, *, split: str, colour: str, log: bool, smooth: float) -> None:
