@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import tree
 
-__all__ = ["Leaves", "lerp", "maximum", "minimum", "norms", "over", "where"]
+__all__ = ["Leaves", "lerp", "maximum", "minimum", "norms", "one_by_one", "over", "where"]
 
 Operand = Any  # Leaves | float | 0-d Tensor
 _foreach: Any = torch  # the stubs of torch's list operations do not know all of their overloads
@@ -137,13 +137,19 @@ def _values(other: Operand) -> Any:
     return other.tensors if isinstance(other, Leaves) else other
 
 
-def _one_by_one() -> bool:
+def one_by_one() -> bool:
+    """Whether leaves are worked on one after the other: under compile, and under vmap and its kin.
+
+    >>> from ftrain.optim.lists import one_by_one
+    >>> one_by_one()
+    False
+    """
     return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
 
 
 def norms(tensors: list[Tensor]) -> list[Tensor]:
     """The 2-norm of each tensor, 0-d."""
-    if _one_by_one():
+    if one_by_one():
         return [torch.linalg.vector_norm(t) for t in tensors]
     return list(torch._foreach_norm(tensors))
 
@@ -172,7 +178,7 @@ def over(rule: Callable[..., Any], first: Any, *rest: Any, scalars: Sequence[Any
     # A 0-d leaf would be promoted by a 0-d hyper-parameter of float64, and half of the list operations refuse mixed dtypes.
     if any(leaf.ndim == 0 for leaf in lists[0]):
         lists = [[leaf.unsqueeze(0) if leaf.ndim == 0 else leaf for leaf in found] for found in lists]
-    if _one_by_one():
+    if one_by_one():
         each = _spread(scalars, lists[0])
         rows = [rule(*row, *own) for row, own in zip(zip(*lists, strict=True), each, strict=True)]
         if isinstance(rows[0], tuple):

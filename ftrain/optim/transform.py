@@ -18,10 +18,23 @@ from torch import Tensor
 
 from .. import tree
 from ..errors import LimitError, explain
-from ..types import Schedule, Transform
+from ..types import InitFn, Schedule, Transform, ValueFn
 from .lists import over
 
-__all__ = ["Injected", "apply_updates", "chain", "identity", "inject", "new_count", "nonnegative", "value_at"]
+__all__ = [
+    "Injected",
+    "apply_updates",
+    "chain",
+    "check_transforms",
+    "forwarding",
+    "identity",
+    "inject",
+    "is_schedule",
+    "new_count",
+    "nonnegative",
+    "takes_value_fn",
+    "value_at",
+]
 
 
 def identity() -> Transform:
@@ -50,27 +63,82 @@ def chain(*transforms: Transform) -> Transform:
     >>> updates["w"]
     tensor([-0.6000, -0.8000])
     """
-    for position, one in enumerate(transforms):
-        if not (callable(getattr(one, "init", None)) and callable(getattr(one, "update", None))):
-            raise TypeError(
-                explain(
-                    "ft.optim.chain wants transforms.",
-                    where=f"argument {position}",
-                    expected="Transform(init, update)",
-                    got=type(one).__name__,
-                    fix="ft.optim.chain(ft.optim.clip_by_global_norm(1.0), ft.optim.adamw(3e-4))",
-                )
-            )
+    check_transforms("chain", *transforms)
 
     def init(params: Any, /) -> Any:
         return tuple([one.init(params) for one in transforms])
 
-    def update(grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]:
+    def update(grads: Any, state: Any, params: Any, more: dict[str, Any]) -> tuple[Any, Any]:
         new = []
         for one, own in tree.zip_strict(transforms, state, "transforms of a chain and their states are"):
-            grads, after = one.update(grads, own, params)
+            grads, after = one.update(grads, own, params, **(more if takes_value_fn(one) else {}))
             new.append(after)
         return grads, tuple(new)
+
+    return forwarding(init, update, *transforms)
+
+
+def check_transforms(what: str, *transforms: Any) -> None:
+    """Raise unless all of them have the two functions of a transform.
+
+    >>> import ftrain as ft
+    >>> from ftrain.optim.transform import check_transforms
+    >>> check_transforms("chain", ft.optim.sgd)
+    Traceback (most recent call last):
+    TypeError: ft.optim.chain wants transforms.
+      where:    argument 0
+      expected: Transform(init, update)
+      got:      function
+      cause:    `sgd` makes one when it is called
+      fix:      ft.optim.sgd(...)
+    """
+    for position, one in enumerate(transforms):
+        if not (callable(getattr(one, "init", None)) and callable(getattr(one, "update", None))):
+            name = getattr(one, "__name__", "") if callable(one) else ""
+            example = "ft.optim.clip_by_global_norm(1.0), ft.optim.adamw(3e-4)" if what == "chain" else "tx"
+            raise TypeError(
+                explain(
+                    f"ft.optim.{what} wants {'transforms' if what == 'chain' else 'a transform'}.",
+                    where=f"argument {position}",
+                    expected="Transform(init, update)",
+                    got=type(one).__name__,
+                    cause=f"`{name}` makes one when it is called" if name else None,
+                    fix=f"ft.optim.{name}(...)" if name else f"ft.optim.{what}({example})",
+                )
+            )
+
+
+def takes_value_fn(tx: Transform) -> bool:
+    """Whether a transform evaluates the loss again, see `ftrain.types.UpdateFn`.
+
+    >>> import ftrain as ft
+    >>> from ftrain.optim.transform import takes_value_fn
+    >>> takes_value_fn(ft.optim.sgd(0.1))
+    False
+    """
+    return "value_fn" in inspect.signature(tx.update).parameters
+
+
+def forwarding(init: InitFn, run: Callable[[Any, Any, Any, dict[str, Any]], tuple[Any, Any]], *inner: Any) -> Transform:
+    """A transform around others, which takes a `value_fn` if one of them does.
+
+    Args:
+        init: as of the transform.
+        run: `run(grads, state, params, more)`, of which `more` is `{}` or `{"value_fn": value_fn}`, for those inner ones that want it.
+        *inner: the others.
+
+    >>> import ftrain as ft
+    >>> from ftrain.optim.transform import forwarding
+    >>> inner = ft.optim.sgd(0.1)
+    >>> tx = forwarding(
+    ...     inner.init, lambda grads, state, params, more: inner.update(grads, state, params, **more), inner
+    ... )
+    """
+    if not any(takes_value_fn(one) for one in inner):
+        return Transform(init, lambda grads, state, params, /: run(grads, state, params, {}))
+
+    def update(grads: Any, state: Any, params: Any, /, *, value_fn: ValueFn | None = None) -> tuple[Any, Any]:
+        return run(grads, state, params, {} if value_fn is None else {"value_fn": value_fn})
 
     return Transform(init, update)
 
