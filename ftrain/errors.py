@@ -20,6 +20,7 @@ __all__ = [
     "LossError",
     "MetricError",
     "ModelError",
+    "PrecisionError",
     "RecompileWarning",
     "StateError",
     "StructureError",
@@ -52,8 +53,12 @@ class ModelError(FtrainError, ValueError):
     """The model, or the choice of its trainable parameters, cannot be used."""
 
 
+class PrecisionError(FtrainError, ValueError):
+    """There is no such precision, or the state is kept in another one."""
+
+
 class DeviceError(FtrainError, ValueError):
-    """The device is not one that ftrain supports."""
+    """The device is not one that ftrain supports, or cannot do what is asked of it."""
 
 
 class LossError(FtrainError, ValueError):

@@ -23,6 +23,7 @@ from torch.nn.parameter import is_lazy
 
 from . import rng, tree
 from .errors import DeviceError, DonatedStateError, ModelError, StateError, explain
+from .precision import Policy, as_policy, check_supported
 from .types import Transform
 
 __all__ = ["Counters", "TrainState", "check_device", "check_materialised", "check_state", "check_transform", "init"]
@@ -354,6 +355,7 @@ def init(
     seed: int = 0,
     device: torch.device | str | None = None,
     trainable: Trainable | None = None,
+    precision: str | int | Policy | None = None,
 ) -> TrainState:
     """Make the first state from an ordinary module and an optimizer. The module is copied, not kept.
 
@@ -364,13 +366,16 @@ def init(
         device: where the state lies; default: where the model's parameters lie.
         trainable: which parameters are trained: a path pattern (`"head.*"`, as in `fnmatch`), several patterns, or a predicate
             `(path, parameter) -> bool`. Parameters with `requires_grad=False` stay frozen whatever it says.
+        precision: as for `ft.train_step`; floating parameters and buffers are converted to its `param` dtype. Only the
+            `*-true` precisions differ from the default, which keeps the model's own dtypes.
 
     Returns:
         A `TrainState` at step 0. Frozen parameters have no optimizer state.
 
     Raises:
         ModelError: nothing to train, a pattern that matches nothing, or lazy parameters without shape.
-        DeviceError: a device that is neither CPU nor CUDA.
+        DeviceError: a device that is neither CPU nor CUDA, or cannot compute in this precision.
+        PrecisionError: an unknown precision.
 
     >>> import torch, ftrain as ft
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
@@ -394,17 +399,21 @@ def init(
     named = dict(model.named_parameters())
     buffers = dict(model.named_buffers())
     where = _placement(device, {**named, **buffers})
+    policy = None if precision is None else as_policy(precision, "ft.init")
+    if policy is not None:
+        check_supported(policy, where, "ft.init")
     chosen = _choose(named, trainable)
     if not chosen:
         _nothing_to_train(model, named)
 
     def own(leaf: Tensor) -> Tensor:
         # A copy always: `.to` alone would alias the module's memory where the device is the same.
-        return leaf.detach().to(where, copy=True).contiguous()
+        dtype = policy.param if policy is not None and leaf.is_floating_point() else leaf.dtype
+        return leaf.detach().to(where, dtype, copy=True).contiguous()
 
     if torch.is_inference_mode_enabled():  # tensors made in there could never be trained
         with torch.inference_mode(False):
-            return init(model, tx, seed=seed, device=device, trainable=trainable)
+            return init(model, tx, seed=seed, device=device, trainable=trainable, precision=precision)
     params = {name: own(p) for name, p in named.items() if name in chosen}
 
     def count(n: int) -> Tensor:

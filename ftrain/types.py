@@ -25,6 +25,7 @@ from torch import Tensor
 from .metrics import Mean, Metric
 
 __all__ = [
+    "LOSS_SCALE",
     "Batch",
     "Engine",
     "EvalStep",
@@ -40,6 +41,9 @@ __all__ = [
     "UpdateFn",
     "ValueFn",
 ]
+
+# Name of an entry of `buffers` that is the engine's, not the model's: see `Engine`.
+LOSS_SCALE = "ftrain.loss_scale"
 
 Params = dict[str, Tensor]
 Batch = Any
@@ -118,7 +122,12 @@ class LossFn(Protocol):
 
 
 class GradFn(Protocol):
-    """The grad level: `(params, buffers, batch, rng) -> (grads, loss, (metrics, buffers))`; `grads` is like `params`."""
+    """The grad level: `(params, buffers, batch, rng) -> (grads, loss, (metrics, buffers))`; `grads` is like `params`.
+
+    `params` may be a part of the parameters; the others are then among `buffers`. A wrapper with a state of its own names it in
+    `states: {name: init(params)}`; it finds it in `buffers` under that name and hands the next one back there. A wrapper that
+    decides whether an update is made names its state in `guards` too; that state's field `finite` is a 0-d bool.
+    """
 
     def __call__(
         self, params: Params, buffers: Params, batch: Batch, rng: Tensor, /
@@ -131,7 +140,11 @@ class Engine(Protocol):
     def value_and_grad(
         self, loss_fn: LossFn, params: Params, buffers: Params, batch: Batch, rng: Tensor, /
     ) -> tuple[Params, Mean, tuple[dict[str, Metric], Params]]:
-        """The gradient of `loss.total / loss.weight` with respect to `params`, and what the loss returned."""
+        """The gradient of `loss.total / loss.weight` with respect to `params`, and what the loss returned.
+
+        A weight of 0 gives a gradient of 0. Where `buffers` has an entry `LOSS_SCALE` (0-d), the gradient is that many times
+        larger, and the entry is neither given to the loss nor handed back.
+        """
         ...
 
 

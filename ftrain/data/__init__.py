@@ -4,3 +4,6 @@ from .batches import to_device as to_device
 from .epochs import Epochs as Epochs
 from .epochs import as_epochs as as_epochs
 from .epochs import close_iterator as close_iterator
+from .window import Window as Window
+from .window import Windows as Windows
+from .window import window as window

@@ -28,12 +28,20 @@ class Epochs:
     Attributes:
         length: batches in an epoch, or None where that is not known beforehand.
         once: whether the data can be iterated only once (a generator, say).
+        sizes: how many samples its batches have, each size once, or None where that is not known beforehand.
     """
 
-    def __init__(self, make: Callable[[int], Iterator[Any]], length: int | None, once: bool = False) -> None:
+    def __init__(
+        self,
+        make: Callable[[int], Iterator[Any]],
+        length: int | None,
+        once: bool = False,
+        sizes: tuple[int, ...] | None = None,
+    ) -> None:
         self._make = make
         self.length = length
         self.once = once
+        self.sizes = sizes
 
     def __call__(self, epoch: int) -> Iterator[Any]:
         return self._make(epoch)
@@ -75,6 +83,9 @@ def as_epochs(
     """
     if isinstance(data, Epochs):
         return data
+    if hasattr(data, "epochs"):  # `Windows`, which this file cannot name: it stands above
+        made: Epochs = data.epochs(seed=seed, batch_size=batch_size, shuffle=shuffle, what=what)
+        return made
     if batch_size is not None:
         return _arrays(data, batch_size, seed, shuffle, what)
     if isinstance(data, (list, tuple)):
@@ -209,7 +220,8 @@ def _arrays(data: Any, batch_size: int, seed: int, shuffle: bool, what: str) -> 
     def make(epoch: int) -> Iterator[Any]:
         return _slices(arrays, n, batch_size, _order(n, seed, epoch) if shuffle else None)
 
-    return Epochs(make, -(-n // batch_size))
+    sizes = {min(batch_size, n), n % batch_size} - {0}
+    return Epochs(make, -(-n // batch_size), sizes=tuple(sorted(sizes, reverse=True)))
 
 
 def _tensor(leaf: Any) -> Tensor:

@@ -16,7 +16,7 @@ from ..state import TrainState, check_state
 from .evaluate import Compile, Evaluator, prepare, run
 from .events import Event, Hook, Hooks
 from .limits import Limits
-from .loop import Tick, loop
+from .loop import Tick, loop, ready
 from .meter import Meter
 from .units import Cadence, Clock, every
 
@@ -119,6 +119,7 @@ def fit(
     called = Hooks(hooks)
     evaluators = _evaluators(evals or {}, seed, compile, backend)
     compiled = prepare(step, compile, donate=True, backend=backend)
+    state = ready(state, compiled, data, source)
     state = called.init(state if donate else state.copy())
     shown = _progress(progress, state, limits, source)
     session = _Session(log or every(steps=50), evaluators, called, sinks, shown)
@@ -202,7 +203,8 @@ class _Session:
                 refresh = now + show.interval
         assert self.tick is not None, "a loop gives a tick or raises"
         assert reason is not None, "a loop says why it ended"
-        outcome = self.hooks(state, self.event("end", self.tick, self.clock(self.tick), reason=reason))
+        last = History(self.records).last()
+        outcome = self.hooks(state, self.event("end", self.tick, self.clock(self.tick), metrics=last, reason=reason))
         self.extra |= outcome.metrics or {}
         self.record(self.tick)
         return outcome.state, reason

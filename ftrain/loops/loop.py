@@ -21,7 +21,7 @@ from ..metrics import normalise
 from ..state import Counters, TrainState, check_state
 from ..steps.bind import batch_size as count_samples
 from ..steps.compile import CompiledStep
-from ..steps.train import TrainStep, seeded_by
+from ..steps.train import Stepped, seeded_by
 from ..types import Metrics
 from .limits import Limits
 from .units import Cadence, Clock
@@ -115,13 +115,14 @@ def loop(
     endless = epochs is None and steps is None and until is None and source.length is None
     # A for loop can be left at any time, so data without a length is no error here, as it is for fit.
     limits = Limits(1, None, None) if endless else Limits.of(epochs, steps, until, source, "ft.loop")
+    state = ready(state, step, data, source)
     return _run(state, step, source, limits, begin, epoch_ends=epoch_ends)
 
 
 def _run(
     state: TrainState, step: Callable[..., Any], source: Epochs, limits: Limits, begin: Counters, *, epoch_ends: bool
 ) -> Ticks:
-    call = step if isinstance(step, (CompiledStep, TrainStep)) else _seeded(step)
+    call = step if isinstance(step, (CompiledStep, Stepped)) else _seeded(step)
     device = state.device
     started = time.perf_counter()
     taken = samples = done = 0  # steps, samples and completed epochs of this run
@@ -165,6 +166,20 @@ def _run(
             return reached
         if source.once:
             return "data"
+
+
+def ready(state: TrainState, step: Any, data: Any, source: Epochs) -> TrainState:
+    """The state with the sub-states that the step needs; raises where a batch is known beforehand to be of a wrong size."""
+    inner = step.step if isinstance(step, CompiledStep) else step
+    check = getattr(inner, "check_rows", None)
+    if check is not None:
+        known = source.sizes
+        if known is None and isinstance(data, list):
+            known = tuple(dict.fromkeys(count_samples(batch) for batch in data))
+        for n in known or ():
+            check(n)
+    init = getattr(inner, "init", None)
+    return state if init is None else init(state)  # type: ignore[no-any-return]  # Stepped.init
 
 
 def _give(tick: Tick) -> Generator[Tick, TrainState | None, TrainState]:

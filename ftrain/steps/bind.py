@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import tree
+from ..data import Window
 from ..errors import LossError, ModelError, explain
 from ..metrics import Mean, Metric, normalise
 from ..types import Batch, Params
@@ -30,13 +31,15 @@ __all__ = ["Bound", "batch_size", "bind", "check_closure", "takes_rng"]
 
 
 def batch_size(batch: Batch) -> int:
-    """How many samples a batch has: the length of the first dimension of its first tensor that has one.
+    """How many samples a batch has: the length of the first dimension of its first tensor that has one; a window's, in all.
 
     >>> import torch
     >>> from ftrain.steps.bind import batch_size
     >>> batch_size({"x": torch.zeros(16, 3), "scale": torch.ones(())})
     16
     """
+    if isinstance(batch, Window):
+        return sum(batch_size(one) for one in batch.batches)
     if type(batch) is dict and batch:  # the usual batch, without the cost of a general tree
         leaf = next(iter(batch.values()))
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
@@ -241,5 +244,7 @@ def _as_mean(loss: Any, weight: float) -> Mean:
         )
     if not loss.is_floating_point():
         raise LossError(explain("the loss is not a floating-point number.", got=tree.describe(loss)))
+    if loss.dtype in (torch.float16, torch.bfloat16):  # too few digits for a sum over a batch
+        loss = loss.float()
     weights = torch.full_like(loss, weight, requires_grad=False).detach()
     return Mean(loss * weights, weights)

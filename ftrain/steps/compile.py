@@ -177,6 +177,11 @@ class CompiledStep:
     def __repr__(self) -> str:
         return f"compile({self.step!r}, donate={self.donate}, rung={self.rung or self.requested!r})"
 
+    def init(self, state: TrainState) -> TrainState:
+        """The state with the sub-states that the step's wrappers need, as the step itself gives it."""
+        own = getattr(self.step, "init", None)
+        return state if own is None else own(state)  # type: ignore[no-any-return]  # Stepped.init
+
     def __call__(self, state: TrainState, batch: Batch) -> Any:
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
@@ -223,7 +228,7 @@ class CompiledStep:
         check_batch(batch, state.device)
         check = getattr(self.step, "check", None)
         if check is not None:
-            check(state)
+            check(state, batch)
         self._calls += 1
         if "_at" not in state.__dict__ and type(state.step) is Tensor and not state.step.is_meta:
             state.__dict__["_at"] = state.counters().step
@@ -360,6 +365,8 @@ class CompiledStep:
                     out = self.step(state, batch)
                 if not self._parts:
                     raise Refused("the step has no parts that can be compiled alone")
+                if not self.compiles:
+                    raise Refused("no part of the step compiles")
             else:
                 out = self.step(state, batch)
         if not _is_step_result(out):
@@ -369,8 +376,8 @@ class CompiledStep:
             new = overwrite(state, new)
         return new, metrics
 
-    def _part(self, owner: object, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """The compiled form of a region of the step."""
+    def _part(self, owner: object, fn: Callable[..., Any], needed: bool) -> Callable[..., Any]:
+        """The compiled form of a region of the step; one that is not needed runs as it is where it does not compile."""
         name = (id(owner), fn.__name__)
         if name not in self._parts:
             part = torch.compile(
@@ -381,8 +388,15 @@ class CompiledStep:
             )
 
             def run(*args: Any) -> Any:
-                with _tracing():
-                    return part(*args)
+                before = self.compiles
+                try:
+                    with _tracing():
+                        return part(*args)
+                except Exception as error:
+                    if needed or self.compiles > before or isinstance(error, FtrainError):
+                        raise
+                    self._parts[name] = fn  # an optimizer that reads values on the host, say
+                    return fn(*args)
 
             self._parts[name] = run
         return self._parts[name]  # type: ignore[no-any-return]  # what was stored above

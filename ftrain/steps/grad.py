@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import tree
 from ..errors import LossError, explain
 from ..metrics import Mean, Metric
-from ..types import Batch, Engine, GradFn, LossFn, Params
+from ..types import LOSS_SCALE, Batch, Engine, GradFn, LossFn, Params
 
 __all__ = ["SingleDevice", "value_and_grad"]
 
@@ -31,8 +31,12 @@ class SingleDevice:
         self, loss_fn: LossFn, params: Params, buffers: Params, batch: Batch, rng: Tensor, /
     ) -> tuple[Params, Mean, tuple[dict[str, Metric], Params]]:
         """The gradient of `loss.total / loss.weight` with respect to `params`, and what the loss returned."""
+        scale = None
+        if LOSS_SCALE in buffers:
+            buffers = dict(buffers)
+            scale = buffers.pop(LOSS_SCALE)
         if torch._C._functorch.maybe_current_level() is not None:
-            return _transformed(loss_fn, params, buffers, batch, rng)
+            return _transformed(loss_fn, params, buffers, batch, rng, scale)
         leaves = {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in params.items()}
         # The scope stays open until the backward has finished: activation checkpointing runs the forward again in there, and
         # would otherwise read the parameters that the module had before.
@@ -43,7 +47,7 @@ class SingleDevice:
             if not self._looked and not torch.compiler.is_compiling():
                 _check_graph(loss.total, leaves, getattr(loss_fn, "outer", None))
                 self._looked = True
-            mean = loss.total / loss.weight
+            mean = _mean(loss, scale)
             grads = torch.autograd.grad(mean, list(leaves.values()), materialize_grads=True)
         found = dict(zip(leaves, grads, strict=True))
         return (
@@ -91,8 +95,15 @@ def _detached(metric: Metric) -> Metric:
     return found
 
 
+def _mean(loss: Mean, scale: Tensor | None) -> Tensor:
+    """What is differentiated. A total of weight 0 (a batch of padding) is 0, and so is its gradient."""
+    mean: Tensor = loss.total / loss.weight.clamp(min=torch.finfo(loss.weight.dtype).tiny)
+    # scale: for half-precision gradients; with_loss_scale divides by it
+    return mean if scale is None else mean * scale
+
+
 def _transformed(
-    loss_fn: LossFn, params: Params, buffers: Params, batch: Batch, rng: Tensor
+    loss_fn: LossFn, params: Params, buffers: Params, batch: Batch, rng: Tensor, scale: Tensor | None
 ) -> tuple[Params, Mean, tuple[dict[str, Metric], Params]]:
     """The same inside vmap, whose tensors cannot be made leaves: there `torch.func` differentiates."""
     structure: list[Any] = []
@@ -100,7 +111,7 @@ def _transformed(
     def scalar(own: Params) -> tuple[Tensor, list[Tensor]]:
         loss, rest = loss_fn(own, buffers, batch, rng)
         structure.append(tree.structure((loss, rest)))
-        return loss.total / loss.weight, tree.leaves((loss, rest))
+        return _mean(loss, scale), tree.leaves((loss, rest))
 
     grads, (_, leaves) = torch.func.grad_and_value(scalar, has_aux=True)(params)
     loss, rest = tree.unflatten(structure[0], leaves)

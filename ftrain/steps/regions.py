@@ -16,22 +16,28 @@ import torch
 __all__ = ["region", "using"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-Compiler = Callable[[object, Callable[..., Any]], Callable[..., Any]]
+Compiler = Callable[[object, Callable[..., Any], bool], Callable[..., Any]]
 
 _active: ContextVar[Compiler | None] = ContextVar("ftrain_region_compiler", default=None)
 
 
-def region(owner: object, fn: F) -> F:
-    """`fn`, or its compiled form where a compiled step asks for it."""
+def region(owner: object, fn: F, *, needed: bool = True) -> F:
+    """`fn`, or its compiled form where a compiled step asks for it.
+
+    Args:
+        owner: with whom the compiled form is kept.
+        fn: the part of the step.
+        needed: whether the rung fails where this part does not compile; else it then runs as it is.
+    """
     if torch.compiler.is_compiling():
         return fn
     compiler = _active.get()
-    return fn if compiler is None else compiler(owner, fn)  # type: ignore[return-value]  # same signature by contract
+    return fn if compiler is None else compiler(owner, fn, needed)  # type: ignore[return-value]  # same signature by contract
 
 
 @contextmanager
 def using(compiler: Compiler) -> Iterator[None]:
-    """Context in which regions are compiled by `compiler(owner, fn)`."""
+    """Context in which regions are compiled by `compiler(owner, fn, needed)`."""
     token = _active.set(compiler)
     try:
         yield

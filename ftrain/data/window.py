@@ -1,0 +1,148 @@
+"""Windows: several loader batches handed to one step, which accumulates their gradients.
+
+Laws
+----
+- The batches of all windows, one after the other, are the batches of the data (but for those that `short="drop"` leaves out).
+- Every window but the last of an epoch has as many batches as its size says; with `short="carry"` that one has, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from .. import tree
+from ..errors import DataError, explain
+from .epochs import Epochs, as_epochs, close_iterator
+
+__all__ = ["Window", "Windows", "window"]
+
+Short = Literal["step", "drop", "carry"]
+Size = int | Callable[[int], int]
+
+
+@tree.register("batches")
+@dataclass(frozen=True)
+class Window:
+    """Several batches for one step. A step made by `ft.train_step` accumulates over them.
+
+    >>> import torch, ftrain as ft
+    >>> ft.data.Window((torch.ones(4, 2), torch.ones(4, 2))).batches[0].shape
+    torch.Size([4, 2])
+    """
+
+    batches: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Data whose batches are grouped into windows; made by `window`, and taken by `fit`, `loop` and `evaluate` as data."""
+
+    data: Any
+    size: Size
+    short: Short
+    batch_size: int | None = None
+
+    def epochs(self, *, seed: int, batch_size: int | None, shuffle: bool, what: str) -> Epochs:
+        """What `as_epochs` makes of it; what is carried from epoch to epoch belongs to this one run."""
+        if self.batch_size is not None and batch_size is not None and batch_size != self.batch_size:
+            raise DataError(
+                explain(
+                    f"{what}: batch_size is given twice, and differs.",
+                    got=f"window(batch_size={self.batch_size}), batch_size={batch_size}",
+                    fix=f"ft.data.window(data, {self.size!r}, batch_size={batch_size})",
+                )
+            )
+        own = self.batch_size or batch_size
+        source = as_epochs(self.data, seed=seed, batch_size=own, shuffle=shuffle, what=what)
+        return Epochs(_Grouped(source, self.size, self.short), self._length(source), source.once, source.sizes)
+
+    def _length(self, source: Epochs) -> int | None:
+        """Windows in an epoch, where that is the same in every epoch."""
+        if source.length is None or not isinstance(self.size, int):
+            return None
+        whole, rest = divmod(source.length, self.size)
+        if self.short == "carry":
+            return whole if rest == 0 else None
+        return whole + (1 if rest and self.short == "step" else 0)
+
+
+class _Grouped:
+    """An epoch's windows. Keeps, for `short="carry"`, the batches that the epoch before left over."""
+
+    def __init__(self, source: Epochs, size: Size, short: Short) -> None:
+        self.source, self.size, self.short = source, size, short
+        self.over: list[Any] = []
+
+    def __call__(self, epoch: int) -> Iterator[Any]:
+        size = self.size if isinstance(self.size, int) else _checked(self.size(epoch), f"the size for epoch {epoch}")
+        waiting, self.over = self.over, []
+        batches = self.source(epoch)
+        try:
+            for batch in batches:
+                waiting.append(batch)
+                if len(waiting) >= size:
+                    full, waiting = waiting[:size], waiting[size:]
+                    yield Window(tuple(full))
+        finally:
+            close_iterator(batches)
+        while len(waiting) >= size:  # carried batches of an epoch with larger windows
+            full, waiting = waiting[:size], waiting[size:]
+            yield Window(tuple(full))
+        if waiting and self.short == "step":
+            yield Window(tuple(waiting))
+        elif self.short == "carry":
+            self.over = waiting
+
+
+def window(data: Any, size: Size, *, short: Short = "step", batch_size: int | None = None) -> Windows:
+    """Group the batches of a loader, so that each step sees several and accumulates their gradients.
+
+    Args:
+        data: as for `ft.fit`: a list of batches, a DataLoader, a function `epoch -> iterable`, or arrays with `batch_size=`.
+        size: batches in a window, or a function `epoch -> size`, e.g. `lambda epoch: 1 if epoch < 5 else 4`.
+        short: what becomes of the batches that are left at the end of an epoch: `"step"` makes a short window of them, which
+            counts for as much as it weighs; `"drop"` leaves them out; `"carry"` puts them at the front of the next epoch (what is
+            left at the end of the run is not used).
+        batch_size: for arrays: samples in a batch.
+
+    Returns:
+        Data for `ft.fit` or `ft.loop`; `state.step` counts windows, `state.samples` all samples in them.
+
+    Raises:
+        DataError: a size that is not a positive integer, or an unknown policy.
+
+    >>> import torch, ftrain as ft
+    >>> model, tx = torch.nn.Linear(2, 1), ft.optim.sgd(0.1)
+    >>> step = ft.train_step(model, lambda model, batch: model(batch).square().mean(), tx)
+    >>> data = ft.data.window([torch.ones(4, 2)] * 5, 2)
+    >>> [(tick.step, tick.samples) for tick in ft.loop(ft.init(model, tx), step, data)]
+    [(1, 8), (2, 16), (3, 20)]
+    """
+    if short not in get_args(Short):
+        raise DataError(
+            explain(
+                f"ft.data.window: there is no policy short={short!r}.",
+                expected=", ".join(get_args(Short)),
+                fix='short="step"   # a short window at the end of an epoch counts for as much as it weighs',
+            )
+        )
+    if not callable(size):
+        _checked(size, "the size")
+    if isinstance(data, Windows):
+        raise DataError(explain("ft.data.window: the data is grouped into windows already.", got=repr(data)))
+    return Windows(data, size, short, batch_size)
+
+
+def _checked(size: object, what: str) -> int:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise DataError(
+            explain(
+                f"ft.data.window: {what} is {size!r}.",
+                expected="an integer >= 1 (batches in a window), or a function epoch -> integer",
+                got=tree.describe(size),
+                fix="ft.data.window(data, 4)",
+            )
+        )
+    return size
