@@ -33,7 +33,8 @@ class Event:
         epoch: epochs completed.
         samples: samples seen.
         clock: how far the run is, counted from its start.
-        metrics: the step's metrics on the device (`"step"`), or the results by full name as floats (`"evaluation"`).
+        metrics: the step's metrics on the device (`"step"`), the results by full name as floats (`"evaluation"`), or the newest
+            recorded value of each metric by full name (`"end"`).
         reason: why the run ends (`"end"`).
 
     >>> import ftrain as ft
@@ -190,6 +191,8 @@ class Hooks:
                 )
             )
         found = _read(name, out[0], state, event)
+        if out[1] is memory and found.state is state:
+            return found  # nothing happened, as at most steps
         tree.check_same(
             memory, out[1], root=f"state.extra[{name!r}]", what=f"the hook {name!r} changed the form of its memory."
         )

@@ -156,6 +156,9 @@ def apply_updates(params: Any, updates: Any) -> Any:
 class Injected(NamedTuple):
     """State of `inject`: hyper-parameters by name (0-d float64), the count of updates, the state of the optimizer.
 
+    `scheduled` names those hyper-parameters that a schedule sets anew at each update, each with an empty tuple: it has no leaves,
+    and tells who wants to change a hyper-parameter that it would not last.
+
     >>> import torch, ftrain as ft
     >>> ft.optim.inject(ft.optim.sgd)(lr=0.1).init({"w": torch.ones(2)}).hyper
     {'lr': tensor(0.1000, dtype=torch.float64)}
@@ -164,6 +167,7 @@ class Injected(NamedTuple):
     hyper: dict[str, Tensor]
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, as in optax
     inner: Any
+    scheduled: dict[str, tuple[()]]
 
     def metrics(self) -> dict[str, Tensor]:
         return self.hyper
@@ -214,16 +218,15 @@ def inject(factory: Callable[..., Transform]) -> Callable[..., Transform]:
 
         def init(params: Any, /) -> Any:
             count = new_count(params)
-            hyper = {
-                k: torch.tensor(v, dtype=torch.float64, device=count.device) for k, v in {**numbers, **tensors}.items()
-            }
+            hyper = {k: torch.full_like(count, v, dtype=torch.float64) for k, v in numbers.items()}
+            hyper |= {k: v.detach().to(count.device, torch.float64, copy=True) for k, v in tensors.items()}
             hyper |= {k: schedule(count).to(torch.float64) for k, schedule in schedules.items()}
-            return Injected(hyper, count, build(hyper).init(params))
+            return Injected(hyper, count, build(hyper).init(params), dict.fromkeys(schedules, ()))
 
         def update(grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]:
             hyper = {**state.hyper, **{k: schedule(state.count).to(torch.float64) for k, schedule in schedules.items()}}
             updates, inner = build(hyper).update(grads, state.inner, params)
-            return updates, Injected(hyper, state.count + 1, inner)
+            return updates, Injected(hyper, state.count + 1, inner, state.scheduled)
 
         return Transform(init, update)
 

@@ -1,0 +1,3 @@
+"""Hooks that are often wanted. Each is a value of `ft.Hook`, made of pure functions that you could have written."""
+
+from .plateau import plateau as plateau

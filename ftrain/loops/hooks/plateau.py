@@ -1,0 +1,245 @@
+"""Lower the learning rate when a metric no longer gets better.
+
+The rule is that of `torch.optim.lr_scheduler.ReduceLROnPlateau`, value by value. Its memory lies in the state, so it is in a
+checkpoint like everything else, and nothing is read from the device: whether to lower the rate is decided by a `where`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import HookError, LimitError, explain
+from ...metrics import Metric
+from ...state import TrainState
+from ..events import Event, Hook
+from .hyper import check_injected, replace_hyper
+
+__all__ = ["plateau"]
+
+Memory = dict[str, Tensor]
+
+
+def plateau(
+    monitor: str,
+    *,
+    factor: float = 0.1,
+    patience: int = 10,
+    threshold: float = 1e-4,
+    threshold_mode: str = "rel",
+    cooldown: int = 0,
+    min_lr: float = 0.0,
+    eps: float = 1e-8,
+    mode: str = "min",
+    name: str = "plateau",
+    hyper: str = "lr",
+) -> Hook:
+    """A hook that multiplies the injected learning rate by `factor` when a metric has stopped getting better.
+
+    At each evaluation that gives the metric m, with b the best so far (for `mode="min"`): m is better if
+    `m < b (1 - threshold)` (rel) or `m < b - threshold` (abs). After more than `patience` evaluations in a row that are not
+    better, those of a cooldown left out, every injected `hyper` becomes `max(factor * hyper, min_lr)`, unless it would change by
+    less than `eps`. NaN is not better.
+
+    Args:
+        monitor: full name of the metric, e.g. `"val/loss"`. Metrics of `"epoch"` events count too, if there are any.
+        factor: by which it is multiplied, in (0, 1).
+        patience: how many evaluations without a better value are borne.
+        threshold: how much better is better.
+        threshold_mode: `"rel"` (a part of the best value) or `"abs"`.
+        cooldown: how many evaluations after a reduction are not counted.
+        min_lr: what it does not fall below.
+        eps: changes that are not larger are not made.
+        mode: `"min"` if less is better, `"max"` if more is.
+        name: of the memory in `state.extra`; give each of several hooks its own.
+        hyper: the injected hyper-parameter, in every group that has it.
+
+    Returns:
+        A hook for `ft.fit(..., hooks=[...])`. Its memory: `best` float64 (), `bad`, `cooldown` and `seen` int64 ().
+
+    Raises:
+        LimitError: now, if an argument makes no sense.
+        HookError: when the run starts, if the state has no such injected hyper-parameter or a schedule sets it; at the first
+            evaluation by the evaluator that lacks the metric; at the end, if the metric never appeared.
+
+    >>> import torch, ftrain as ft
+    >>> model, tx = torch.nn.Linear(1, 1), ft.optim.inject(ft.optim.sgd)(lr=0.1)
+    >>> def loss_fn(model, batch):
+    ...     return model(batch).square().mean() * 0.0 + 1.0  # never gets better
+    >>> step, data = ft.train_step(model, loss_fn, tx), [torch.ones(2, 1)]
+    >>> val = ft.Evaluator(ft.eval_step(model, lambda model, batch: {"loss": model(batch).mean() * 0.0}), data)
+    >>> hook = ft.hooks.plateau("val/loss", factor=0.5, patience=2)
+    >>> result = ft.fit(
+    ...     ft.init(model, tx), step, data, epochs=4, evals={"val": val}, hooks=[hook], progress=False, compile=False
+    ... )
+    >>> result.state.opt.hyper["lr"]
+    tensor(0.0500, dtype=torch.float64)
+    """
+    _check_names(monitor=monitor, name=name, hyper=hyper)
+    _check_choice("mode", mode, "min", "max")
+    _check_choice("threshold_mode", threshold_mode, "rel", "abs")
+    _check_factor(factor)
+    _check_numbers(patience=patience, cooldown=cooldown)
+    _check_numbers(whole=False, threshold=threshold, min_lr=min_lr, eps=eps)
+    sign = 1.0 if mode == "min" else -1.0
+    who = f"ft.hooks.plateau({monitor!r})"
+
+    def init(state: TrainState) -> Memory:
+        check_injected(state.opt, hyper, who)
+        zero = torch.zeros((), dtype=torch.int64, device=state.device)
+        best = torch.full((), sign * math.inf, dtype=torch.float64, device=state.device)
+        return {"best": best, "bad": zero, "cooldown": zero.clone(), "seen": zero.clone()}
+
+    def better(value: Tensor, best: Tensor) -> Tensor:
+        margin = best * (1.0 - sign * threshold) if threshold_mode == "rel" else best - sign * threshold
+        return value < margin if mode == "min" else value > margin
+
+    def observe(state: TrainState, memory: Memory, value: Tensor) -> tuple[TrainState, Memory]:
+        improved = better(value, memory["best"])
+        cooling = memory["cooldown"] > 0
+        bad = torch.where(improved | cooling, 0, memory["bad"] + 1)
+        left = torch.where(cooling, memory["cooldown"] - 1, memory["cooldown"])
+        fires = bad > patience
+
+        def lower(old: Tensor) -> Tensor:
+            new = (old * factor).clamp(min=min_lr)
+            return torch.where(fires & (old - new > eps), new, old)
+
+        new = {
+            "best": torch.where(improved, value, memory["best"]),
+            "bad": torch.where(fires, 0, bad),
+            "cooldown": torch.where(fires, cooldown, left),
+            "seen": torch.ones_like(memory["seen"]),
+        }
+        return state.replace(opt=replace_hyper(state.opt, hyper, lower)), new
+
+    def update(state: TrainState, memory: Memory, event: Event) -> tuple[TrainState, Memory]:
+        if event.kind == "start":
+            check_injected(state.opt, hyper, who)  # again: a state that goes on has its memory already
+        elif event.kind in ("evaluation", "epoch"):
+            if monitor in event.metrics:
+                return observe(state, memory, _value(event.metrics[monitor], state.device, who))
+            _check_evaluator(monitor, event, who)
+        elif event.kind == "end":
+            _check_seen(monitor, memory, event, who)
+        return state, memory
+
+    return Hook(name, init, update)
+
+
+def _value(found: Any, device: torch.device, who: str) -> Tensor:
+    """The metric as float64 (), without a look at it."""
+    if isinstance(found, Metric):
+        found = found.compute()
+    if isinstance(found, Tensor) and found.ndim == 0:
+        return found.to(device, torch.float64)
+    if isinstance(found, (int, float)):
+        return torch.full((), float(found), dtype=torch.float64, device=device)
+    raise HookError(
+        explain(
+            f"{who}: the metric is not a number.",
+            expected="a number",
+            got=type(found).__name__,
+            cause="a metric of type Collect gives all values",
+            fix="monitor a mean of it",
+        )
+    )
+
+
+def _check_evaluator(monitor: str, event: Event, who: str) -> None:
+    """An evaluator gives the same names each time: what it does not give at first it never will."""
+    evaluator = monitor.partition("/")[0] + "/"
+    given = [name for name in event.metrics if name.startswith(evaluator)]
+    if event.kind == "evaluation" and given:
+        raise HookError(
+            explain(
+                f"{who}: the evaluator {evaluator[:-1]!r} gives no such metric.",
+                where=f"the evaluation after step {event.step}",
+                expected=" or ".join(map(repr, given)),
+                got=repr(monitor),
+                fix=_nearest(monitor, given),
+            )
+        )
+
+
+def _check_seen(monitor: str, memory: Memory, event: Event, who: str) -> None:
+    # A run that was cut short in its first epoch, before any evaluation, is not the hook's mistake.
+    evaluated = [name for name in event.metrics if "/" in name]
+    if not (evaluated or event.clock.epochs) or bool(memory["seen"] > 0):  # one read, at the end
+        return
+    trained = [name for name in event.metrics if "/" not in name]
+    raise HookError(
+        explain(
+            f"{who}: the metric never appeared, so the hook did nothing.",
+            expected=" or ".join(map(repr, evaluated)) if evaluated else "an evaluator, whose metrics it can watch",
+            got=repr(monitor),
+            cause="it is a metric of training, of which no event tells the mean over an epoch"
+            if monitor in trained
+            else None,
+            fix=_nearest(monitor, evaluated)
+            if evaluated
+            else 'ft.fit(..., evals={"val": ft.Evaluator(ft.eval_step(model, metric_fn), data)}, '
+            'hooks=[ft.hooks.plateau("val/loss")])',
+        )
+    )
+
+
+def _nearest(monitor: str, names: list[str]) -> str:
+    return f"ft.hooks.plateau({difflib.get_close_matches(monitor, names, n=1, cutoff=0.0)[0]!r})"
+
+
+def _check_names(**names: object) -> None:
+    for key, name in names.items():
+        if not isinstance(name, str) or not name:
+            raise TypeError(
+                explain(
+                    f"ft.hooks.plateau: {key}= is a name.",
+                    expected="a str",
+                    got=repr(name),
+                    fix='ft.hooks.plateau("val/loss")',
+                )
+            )
+
+
+def _check_choice(key: str, given: object, *allowed: str) -> None:
+    if given not in allowed:
+        raise LimitError(
+            explain(
+                f"ft.hooks.plateau: {key}={given!r} is unknown.",
+                expected=" or ".join(map(repr, allowed)),
+                got=repr(given),
+                fix=f"{key}={allowed[0]!r}",
+            )
+        )
+
+
+def _check_factor(factor: object) -> None:
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < 1:
+        raise LimitError(
+            explain(
+                f"ft.hooks.plateau: factor={factor!r} makes nothing smaller.",
+                expected="0 < factor < 1",
+                got=repr(factor),
+                fix="factor=0.1",
+            )
+        )
+
+
+def _check_numbers(whole: bool = True, **numbers: Any) -> None:
+    for key, number in numbers.items():
+        kinds = (int,) if whole else (int, float)
+        if isinstance(number, bool) or not isinstance(number, kinds) or not number >= 0:
+            expected = f"{'an integer' if whole else 'a number'} >= 0"
+            better = abs(int(number)) if isinstance(number, (int, float)) and math.isfinite(number) else 1
+            raise LimitError(
+                explain(
+                    f"ft.hooks.plateau: {key}={number!r} makes no sense.",
+                    expected=expected,
+                    got=repr(number),
+                    fix=f"{key}={better}",
+                )
+            )
