@@ -19,6 +19,7 @@ from .loops import at as at
 from .loops import evaluate as evaluate
 from .loops import every as every
 from .loops import fit as fit
+from .loops import hooks as hooks
 from .loops import loop as loop
 from .loops import on as on
 from .loops import predict as predict

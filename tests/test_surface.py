@@ -10,9 +10,9 @@ import ftrain
 
 DOOR = """
 CompiledStep Evaluator Event History Hook Outcome Policy Record Result Tick TrainState Transform __version__ as_step at bind
-compile data errors eval_step evaluate every fit init loop loops make_step make_update metrics on optim predict predict_step
-rng schedules sinks testing to_module train_step tree types until update_bn value_and_grad with_accumulation with_ema
-with_grad_stats with_loss_scale with_precision with_remat with_sam with_swa
+compile data errors eval_step evaluate every fit hooks init loop loops make_step make_update metrics on optim predict
+predict_step rng schedules sinks testing to_module train_step tree types until update_bn value_and_grad with_accumulation
+with_ema with_grad_stats with_loss_scale with_precision with_remat with_sam with_swa
 """
 INSIDE = {
     "ftrain.data": "Epochs Window Windows as_epochs close_iterator to_device window",
@@ -20,7 +20,9 @@ INSIDE = {
     "adamax asgd nadam radam rmsprop rprop AdamState Injected SgdState adam adamw apply_updates chain clip_by_global_norm global_norm identity inject "
     "schedules sgd "
     "Partition no_bias_or_norm partition",
-    "ftrain.optim.schedules": "ScheduleFn constant warmup_cosine",
+    "ftrain.loops.hooks": "plateau",
+    "ftrain.optim.schedules": "ScheduleFn constant cosine cosine_restarts cyclic exponential from_torch inverse_sqrt join linear "
+    "multi_step one_cycle piecewise_constant piecewise_interpolate polynomial step warmup warmup_cosine warmup_stable_decay",
     "ftrain.rng": "Isolated bernoulli bits fold_in fold_in_host key normal permutation randint seeded split uniform",
     "ftrain.metrics": "Collect Last Max Mean Metric Min Perplexity Sum accuracy normalise perplexity",
     "ftrain.sinks": "History Progress Record console",

@@ -1,5 +1,6 @@
 """The loop as a generator, and what consumes it: fit, evaluate, predict (not named `loop`: that is the function)."""
 
+from . import hooks as hooks
 from .batch_norm import update_bn as update_bn
 from .evaluate import Evaluator as Evaluator
 from .evaluate import evaluate as evaluate
