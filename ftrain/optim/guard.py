@@ -90,9 +90,13 @@ def all_finite(values: Any) -> Tensor:
         return torch.ones((), dtype=torch.bool, device=found[0].device if found else None)
     if one_by_one() or any(leaf.is_complex() for leaf in leaves):
         return torch.stack([torch.isfinite(leaf).all() for leaf in leaves]).all()
-    # One pass and, on a GPU, one launch for all leaves: the largest absolute value is NaN where one of the values is.
-    largest = torch._foreach_norm(leaves, float("inf"))
-    return torch.stack([torch.isfinite(one) for one in largest]).all()
+    # The extremes are NaN where one of the values is. One launch for all leaves on a GPU; on a CPU, where that operation is not
+    # vectorised (2.13: 20 times the time), one pass over each.
+    if leaves[0].is_cuda:
+        extremes = list(torch._foreach_norm(leaves, float("inf")))
+    else:
+        extremes = [end for leaf in leaves for end in leaf.aminmax()]
+    return torch.stack([torch.isfinite(end) for end in extremes]).all()
 
 
 def select(flag: Tensor, new: Any, old: Any) -> Any:
