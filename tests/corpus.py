@@ -179,6 +179,7 @@ MODELS = {
     )
 }
 
+# The few that go through the slow products of test_laws.py; all stand in ALL_OPTIMIZERS below.
 OPTIMIZERS: dict[str, Callable[[], ft.Transform]] = {
     "sgd": lambda: ft.optim.sgd(0.1),
     "sgd_nesterov": lambda: ft.optim.sgd(0.05, momentum=0.9, nesterov=True, weight_decay=1e-2),
@@ -191,10 +192,115 @@ OPTIMIZERS: dict[str, Callable[[], ft.Transform]] = {
 }
 
 
+@dataclass(frozen=True)
+class Rule:
+    """An optimizer for the laws of test_optimizers.py: its function, and the options of its row.
+
+    `quadratic`, `rosenbrock`: further options with which it solves these problems. `signed`: arguments that may be negative.
+    """
+
+    make: Callable[..., ft.Transform]
+    options: dict[str, Any]
+    quadratic: dict[str, Any]
+    rosenbrock: dict[str, Any]
+    signed: tuple[str, ...] = ()
+
+    def __call__(self) -> ft.Transform:
+        return self.make(**self.options)
+
+
+RULES: dict[str, Rule] = {
+    "sgd_dampened": Rule(
+        ft.optim.sgd,
+        {"lr": 0.05, "momentum": 0.9, "dampening": 0.5, "weight_decay": 1e-2},
+        {"lr": 0.1, "weight_decay": 0.0},
+        {"lr": 0.02, "weight_decay": 0.0},
+    ),
+    "sgd_plain": Rule(ft.optim.sgd, {"lr": 0.1}, {}, {"lr": 0.019}),
+    "sgd_momentum": Rule(ft.optim.sgd, {"lr": 0.05, "momentum": 0.9, "nesterov": True}, {"lr": 0.1}, {"lr": 0.01}),
+    "adam_l2": Rule(
+        ft.optim.adam,
+        {"lr": 1e-2, "weight_decay": 1e-2},
+        {"lr": 0.1, "weight_decay": 0.0},
+        {"lr": 0.1, "weight_decay": 0.0},
+    ),
+    "amsgrad": Rule(ft.optim.adam, {"lr": 1e-2, "amsgrad": True}, {"lr": 0.1}, {"lr": 0.1, "b2": 0.99}),
+    "adamw": Rule(
+        ft.optim.adamw,
+        {"lr": 1e-2, "weight_decay": 0.1},
+        {"lr": 0.1, "weight_decay": 0.0},
+        {"lr": 0.1, "weight_decay": 0.0},
+    ),
+    "adamax": Rule(
+        ft.optim.adamax,
+        {"lr": 1e-2, "weight_decay": 1e-2},
+        {"lr": 0.1, "weight_decay": 0.0},
+        {"lr": 0.3, "weight_decay": 0.0},
+    ),
+    "nadam": Rule(
+        ft.optim.nadam,
+        {"lr": 1e-2, "weight_decay": 1e-2},
+        {"lr": 0.05, "weight_decay": 0.0},
+        {"lr": 0.05, "momentum_decay": 0.1, "weight_decay": 0.0},
+    ),
+    "nadam_decoupled": Rule(
+        ft.optim.nadam,
+        {"lr": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True},
+        {"lr": 0.05, "weight_decay": 0.0},
+        {"lr": 0.05, "momentum_decay": 0.1, "weight_decay": 0.0},
+    ),
+    "radam": Rule(
+        ft.optim.radam,
+        {"lr": 1e-2, "weight_decay": 1e-2},
+        {"lr": 0.1, "weight_decay": 0.0},
+        {"lr": 0.05, "weight_decay": 0.0},
+    ),
+    "radam_decoupled": Rule(
+        ft.optim.radam,
+        {"lr": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True, "b2": 0.9},
+        {"lr": 0.1, "weight_decay": 0.0},
+        {"lr": 0.05, "weight_decay": 0.0},
+    ),
+    "adagrad": Rule(
+        ft.optim.adagrad,
+        {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.1, "weight_decay": 1e-2},
+        {"lr": 0.5, "lr_decay": 0.0, "weight_decay": 0.0},
+        {"lr": 0.5, "lr_decay": 0.0, "weight_decay": 0.0},
+    ),
+    "adadelta": Rule(
+        ft.optim.adadelta,
+        {"eps": 1e-2, "weight_decay": 1e-2},
+        {"lr": 0.3, "eps": 1e-4, "weight_decay": 0.0},
+        {"lr": 0.1, "rho": 0.5, "eps": 1e-4, "weight_decay": 0.0},
+    ),
+    "rmsprop": Rule(
+        ft.optim.rmsprop,
+        {"lr": 1e-2, "weight_decay": 1e-2},
+        {"decay": 0.999, "weight_decay": 0.0},
+        {"decay": 0.999, "weight_decay": 0.0},
+    ),
+    "rmsprop_centered": Rule(
+        ft.optim.rmsprop,
+        {"lr": 1e-2, "decay": 0.9, "eps": 1e-3, "centered": True, "momentum": 0.9},
+        {"lr": 1e-3, "decay": 0.999},
+        {"lr": 1e-3, "decay": 0.999},
+    ),
+    "rprop": Rule(ft.optim.rprop, {"lr": 1e-2}, {}, {"lr": 0.1}),
+    "asgd": Rule(
+        ft.optim.asgd,
+        {"lr": 0.1, "lambd": 1e-2, "t0": 2.0, "weight_decay": 1e-2},
+        {"lambd": 0.0, "weight_decay": 0.0},
+        {"lr": 0.019, "lambd": 0.0, "weight_decay": 0.0},
+    ),
+}
+
+ALL_OPTIMIZERS: dict[str, Callable[[], ft.Transform]] = {**OPTIMIZERS, **RULES}
+
+
 def setup(
     model: str, optimizer: str = "adam", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> tuple[Any, Any, Any]:
     """`(case, step, state)` for a row of the corpus."""
-    case, tx = MODELS[model], OPTIMIZERS[optimizer]()
+    case, tx = MODELS[model], ALL_OPTIMIZERS[optimizer]()
     module = case.model(dtype)
     return case, ft.train_step(module, case.loss_fn, tx), ft.init(module, tx, seed=seed)

@@ -21,14 +21,14 @@ __all__ = ["AdamState", "adam", "adamw"]
 class AdamState(NamedTuple):
     """`count`: int64 (), updates made; `lr`: float64 (), that of the last update; `mu`, `nu`: like the parameters.
 
-    `nu_max`: like the parameters with `amsgrad`, else None.
+    `nu_max`: like the parameters with `amsgrad`, else `()`: no leaf at all, where None would be one to `torch.func.vmap`.
     """
 
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, as in optax
     lr: Tensor
     mu: Any
     nu: Any
-    nu_max: Any = None
+    nu_max: Any = ()
 
     def metrics(self) -> dict[str, Tensor]:
         return {"lr": self.lr}

@@ -20,7 +20,7 @@ __all__ = ["RmspropState", "rmsprop"]
 class RmspropState(NamedTuple):
     """`count`: int64 (), updates made; `lr`: float64 (), that of the last one; `nu`: like the parameters.
 
-    `mu` (the mean gradient, when centered) and `momentum`: like the parameters, or None without.
+    `mu` (the mean gradient, when centered) and `momentum`: like the parameters, or `()` without.
     """
 
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, as in optax
@@ -76,7 +76,7 @@ def rmsprop(
     def init(params: Any, /) -> RmspropState:
         no_complex("rmsprop", params)
         count = new_count(params)
-        nu, mu, buffer = (tree.map(torch.zeros_like, params) if kept else None for kept in (True, centered, heavy))
+        nu, mu, buffer = (tree.map(torch.zeros_like, params) if kept else () for kept in (True, centered, heavy))
         return RmspropState(count, lr_leaf(lr, count), nu, mu, buffer)
 
     def update(grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]:
@@ -101,7 +101,7 @@ def rmsprop(
 
         kept = [one for one, on in ((state.mu, centered), (state.momentum, heavy)) if on]
         updates, nu, *kept = over(rule, grads, params, state.nu, *kept, scalars=(rate, factor, penalty))
-        mu, buffer = kept[0] if centered else None, kept[-1] if heavy else None
+        mu, buffer = kept[0] if centered else (), kept[-1] if heavy else ()
         return updates, RmspropState(state.count + 1, lr_at(rate, state.lr), nu, mu, buffer)
 
     return Transform(init, update)

@@ -19,7 +19,7 @@ __all__ = ["SgdState", "sgd"]
 
 
 class SgdState(NamedTuple):
-    """`count`: int64 (), updates made; `lr`: float64 (), that of the last one; `momentum`: like the parameters, or None without."""
+    """`count`: int64 (), updates made; `lr`: float64 (), that of the last one; `momentum`: like the parameters, or `()`."""
 
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, as in optax
     lr: Tensor
@@ -69,7 +69,7 @@ def sgd(
 
     def init(params: Any, /) -> SgdState:
         count = new_count(params)
-        return SgdState(count, lr_leaf(lr, count), tree.map(torch.zeros_like, params) if keeps else None)
+        return SgdState(count, lr_leaf(lr, count), tree.map(torch.zeros_like, params) if keeps else ())
 
     def update(grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]:
         rate, mu, decay, damp = (value_at(h, state.count) for h in (lr, momentum, weight_decay, dampening))
@@ -86,7 +86,7 @@ def sgd(
             taken = torch.where(state.count == 0, 1.0, 1.0 - damp) if dampens else 1.0
             updates, buffer = over(heavy, grads, params, state.momentum, scalars=(rate, mu, decay, taken))
         else:
-            updates, buffer = over(plain, grads, params, scalars=(rate, decay)), None
+            updates, buffer = over(plain, grads, params, scalars=(rate, decay)), ()
         return updates, SgdState(state.count + 1, lr_at(rate, state.lr), buffer)
 
     return Transform(init, update)
