@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import tree
 
-__all__ = ["Leaves", "lerp", "maximum", "minimum", "norms", "one_by_one", "over", "where"]
+__all__ = ["Leaves", "leafwise", "lerp", "maximum", "minimum", "norms", "one_by_one", "over", "where", "wide_dtype"]
 
 Operand = Any  # Leaves | float | 0-d Tensor
 _foreach: Any = torch  # the stubs of torch's list operations do not know all of their overloads
@@ -129,6 +129,25 @@ def where(condition: Any, a: Any, b: Any) -> Any:
     return Leaves([torch.where(*row) for row in zip(*columns, strict=True)])
 
 
+def leafwise(fn: Callable[..., Any], *operands: Any) -> Any:
+    """`fn` of tensors, applied to tensors or to each leaf of `Leaves`: for what has no list operation (a matrix product).
+
+    >>> import torch
+    >>> from ftrain.optim.lists import Leaves, leafwise
+    >>> leafwise(lambda x, a: x @ x * a, Leaves([torch.ones(2, 2), torch.ones(1, 1)]), 2.0).tensors
+    [tensor([[4., 4.],
+            [4., 4.]]), tensor([[2.]])]
+    """
+    found = next((one for one in operands if isinstance(one, Leaves)), None)
+    if found is None:
+        return fn(*operands)
+    columns = [_each(one, len(found.tensors)) for one in operands]
+    rows = [fn(*row) for row in zip(*columns, strict=True)]
+    if isinstance(rows[0], tuple):
+        return tuple([Leaves(list(column)) for column in zip(*rows, strict=True)])
+    return Leaves(rows)
+
+
 def _each(value: Operand, count: int) -> Any:
     return value.tensors if isinstance(value, Leaves) else [value] * count
 
@@ -147,11 +166,29 @@ def one_by_one() -> bool:
     return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """In what a reduction over values of this dtype is computed: float32 for half precision, None for their own.
+
+    >>> import torch
+    >>> from ftrain.optim.lists import wide_dtype
+    >>> wide_dtype(torch.bfloat16), wide_dtype(torch.float64)
+    (torch.float32, None)
+    """
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else None
+
+
 def norms(tensors: list[Tensor]) -> list[Tensor]:
-    """The 2-norm of each tensor, 0-d."""
-    if one_by_one():
-        return [torch.linalg.vector_norm(t) for t in tensors]
-    return list(torch._foreach_norm(tensors))
+    """The 2-norm of each tensor, 0-d, in float32 where the tensor is of half precision, else in its own (real) dtype.
+
+    >>> import torch
+    >>> from ftrain.optim.lists import norms
+    >>> norms([torch.full((2,), 300.0, dtype=torch.float16)])
+    [tensor(424.2641)]
+    """
+    dtypes = {wide_dtype(t.dtype) for t in tensors}
+    if one_by_one() or len(dtypes) > 1:
+        return [torch.linalg.vector_norm(t, dtype=wide_dtype(t.dtype)) for t in tensors]
+    return list(torch._foreach_norm(tensors, 2, dtype=dtypes.pop())) if dtypes else []
 
 
 def over(rule: Callable[..., Any], first: Any, *rest: Any, scalars: Sequence[Any] = ()) -> Any:

@@ -15,7 +15,9 @@ from typing import Any
 from .. import tree
 from ..errors import ModelError, explain
 from ..types import Transform
+from .masked import part_of
 from .masks import check_patterns, matches, names, nearest, put, some, take
+from .transform import forwarding, takes_value_fn
 
 __all__ = ["Labels", "Partition", "partition"]
 
@@ -50,7 +52,8 @@ class Partition(Transform):
         >>> tx.select({"w": torch.ones(1, 1), "b": torch.zeros(1)})
         {'1d': {'b': tensor([0.])}, '2d': {'w': tensor([[1.]])}}
         """
-        return _split(params, _labelled(self, params), self.transforms)
+        found = _labelled(self, params)
+        return {label: take(params, [one == label for one in found]) for label in self.transforms}
 
     def merge(self, params: Any, part: dict[str, Any]) -> Any:
         """The tree with the leaves of one group (by path) in their places.
@@ -100,20 +103,21 @@ def partition(labels: Labels, transforms: Mapping[str, Transform], *, allow_empt
             _check_used(made, params, groups)
         return {label: transforms[label].init(group) if group else () for label, group in groups.items()}
 
-    def update(grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]:
+    def update(grads: Any, state: Any, params: Any, more: dict[str, Any]) -> tuple[Any, Any]:
         found = _labelled(made, params)
-        own, old = _split(grads, found, transforms), _split(params, found, transforms)
         new: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         for label, one in transforms.items():
-            if not own[label]:
+            chosen = [own == label for own in found]
+            if not any(chosen):
                 new[label] = state[label]
                 continue
-            updates, new[label] = one.update(own[label], state[label], old[label])
+            given = part_of(more, params, chosen) if takes_value_fn(one) else {}
+            updates, new[label] = one.update(take(grads, chosen), state[label], take(params, chosen), **given)
             merged |= updates
         return put(grads, merged), new
 
-    made = Partition(init, update)
+    made = Partition(*forwarding(init, update, *transforms.values()))
     made.labels, made.transforms, made._allow_empty = labels, dict(transforms), allow_empty
     return made
 
@@ -157,10 +161,6 @@ def _first(labels: dict[str, str], name: str) -> str | None:
         if matches(name, (pattern,)):
             return label
     return None
-
-
-def _split(params: Any, found: list[str], transforms: Mapping[str, Transform]) -> dict[str, dict[str, Any]]:
-    return {label: take(params, [one == label for one in found]) for label in transforms}
 
 
 def _by_pattern(labels: Labels) -> bool:

@@ -22,6 +22,7 @@ from ..types import InitFn, Schedule, Transform, ValueFn
 from .lists import over
 
 __all__ = [
+    "CountState",
     "Injected",
     "apply_updates",
     "chain",
@@ -231,6 +232,12 @@ def inject(factory: Callable[..., Transform]) -> Callable[..., Transform]:
         return Transform(init, update)
 
     return make
+
+
+class CountState(NamedTuple):
+    """State of a transform that keeps nothing but the time. `count`: int64 (), updates made."""
+
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, as in optax
 
 
 def new_count(params: Any) -> Tensor:
