@@ -116,8 +116,6 @@ def _check(make: object, lr: object, steps: object) -> None:
                 fix=FIX,
             )
         )
-    if isinstance(make, type) and issubclass(make, ReduceLROnPlateau):
-        raise _needs_metric(make)
     if isinstance(make, type) and not issubclass(make, LRScheduler):
         raise TypeError(
             explain(
@@ -127,6 +125,8 @@ def _check(make: object, lr: object, steps: object) -> None:
                 fix=FIX,
             )
         )
+    if isinstance(make, type):
+        _check_metric(make, make.step, ignore=1)
     if isinstance(lr, bool) or not isinstance(lr, (int, float)):
         raise TypeError(explain("from_torch: lr= is a number.", got=type(lr).__name__, fix=FIX))
     if not lr >= 0:
@@ -148,14 +148,15 @@ def _check_scheduler(make: Callable[..., Any], scheduler: object) -> None:
         )
     # Those that are made of others (SequentialLR, ChainedScheduler) keep them here.
     for one in (scheduler, *getattr(scheduler, "_schedulers", ())):
-        wanted = [
-            name
-            for name, parameter in inspect.signature(one.step).parameters.items()
-            if parameter.default is parameter.empty
-            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        ]
-        if isinstance(one, ReduceLROnPlateau) or wanted:
-            raise _needs_metric(type(one))
+        _check_metric(type(one), one.step)
+
+
+def _check_metric(kind: type, step: Callable[..., Any], ignore: int = 0) -> None:
+    """Raise if a scheduler is stepped with something; `ignore` is the number of arguments that are none (`self`)."""
+    parameters = list(inspect.signature(step).parameters.values())[ignore:]
+    loose = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if any(one.default is one.empty and one.kind not in loose for one in parameters):
+        raise _needs_metric(kind)
 
 
 def _needs_metric(kind: type) -> LimitError:
