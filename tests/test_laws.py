@@ -14,7 +14,7 @@ from torch import nn
 import ftrain as ft
 from ftrain import tree
 
-from .corpus import MODELS, OPTIMIZERS, setup
+from .corpus import ALL_OPTIMIZERS, MODELS, OPTIMIZERS, setup
 
 
 def bits(state: Any) -> list[bytes]:
@@ -32,6 +32,15 @@ def trained(state: ft.TrainState) -> list[bytes]:
 @pytest.mark.parametrize(("model", "optimizer"), list(itertools.product(MODELS, OPTIMIZERS)))
 def test_eager_step_moves_keeps_its_form_is_pure_and_draws_from_its_seed(model: str, optimizer: str) -> None:
     case, step, state = setup(model, optimizer)
+    ft.testing.check_moves(step, state, case.batch())
+    ft.testing.check_structure(step, state, case.batch())
+    ft.testing.check_pure(step, state, case.batch())
+    ft.testing.check_random(step, state, case.batch())
+
+
+@pytest.mark.parametrize("optimizer", [name for name in ALL_OPTIMIZERS if name not in OPTIMIZERS])
+def test_eager_laws_of_the_optimizers_outside_of_the_product(optimizer: str) -> None:
+    case, step, state = setup("two_heads", optimizer)
     ft.testing.check_moves(step, state, case.batch())
     ft.testing.check_structure(step, state, case.batch())
     ft.testing.check_pure(step, state, case.batch())
