@@ -19,9 +19,11 @@ INSIDE = {
     "ftrain.optim": "AdadeltaState AdagradState AdamaxState AsgdState NadamState RadamState RmspropState RpropState adadelta adagrad "
     "adamax asgd nadam radam rmsprop rprop AdamState Injected SgdState adam adamw apply_updates chain clip_by_global_norm global_norm identity inject "
     "schedules sgd "
+    "AdafactorState adafactor TorchState from_torch LambState lamb LbfgsState lbfgs LionState lion MuonState muon "
     "Partition no_bias_or_norm partition SkipState all_finite select skip_nonfinite ConditionState conditionally_mask freeze masked "
     "set_to_zero LearningRateState NoiseState CountState add_decayed_weights add_noise centralize scale scale_by_learning_rate "
-    "scale_by_schedule ClipState adaptive_grad_clip clip clip_by_norm",
+    "scale_by_schedule ClipState adaptive_grad_clip clip clip_by_norm MasterState RoundingState master_weights stochastic_rounding "
+    "make optimizers",
     "ftrain.loops.hooks": "plateau",
     "ftrain.optim.schedules": "ScheduleFn constant cosine cosine_restarts cyclic exponential from_torch inverse_sqrt join linear "
     "multi_step one_cycle piecewise_constant piecewise_interpolate polynomial step warmup warmup_cosine warmup_stable_decay",

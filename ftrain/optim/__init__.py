@@ -26,6 +26,12 @@ from .guard import SkipState as SkipState
 from .guard import all_finite as all_finite
 from .guard import select as select
 from .guard import skip_nonfinite as skip_nonfinite
+from .half import MasterState as MasterState
+from .half import RoundingState as RoundingState
+from .half import master_weights as master_weights
+from .half import stochastic_rounding as stochastic_rounding
+from .inject import Injected as Injected
+from .inject import inject as inject
 from .lamb import LambState as LambState
 from .lamb import lamb as lamb
 from .lbfgs import LbfgsState as LbfgsState
@@ -42,6 +48,8 @@ from .muon import MuonState as MuonState
 from .muon import muon as muon
 from .nadam import NadamState as NadamState
 from .nadam import nadam as nadam
+from .names import make as make
+from .names import optimizers as optimizers
 from .partition import Partition as Partition
 from .partition import partition as partition
 from .pieces import LearningRateState as LearningRateState
@@ -62,8 +70,6 @@ from .rprop import rprop as rprop
 from .sgd import SgdState as SgdState
 from .sgd import sgd as sgd
 from .transform import CountState as CountState
-from .transform import Injected as Injected
 from .transform import apply_updates as apply_updates
 from .transform import chain as chain
 from .transform import identity as identity
-from .transform import inject as inject

@@ -1,9 +1,9 @@
-"""The algebra of transforms: `chain`, `identity`, `apply_updates`, `inject`.
+"""The algebra of transforms: `chain`, `identity`, `apply_updates`, and what all transforms are made with.
 
 Laws
 ----
 - `chain(a, chain(b, c))` computes what `chain(chain(a, b), c)` does, and `identity()` is neutral in it.
-- `inject(f)(lr=x)` computes what `f(lr=x)` does, with `x` as a leaf of the state that anybody may replace.
+- What wraps others takes a `value_fn` when one of them does, and hands it to those alone.
 """
 
 from __future__ import annotations
@@ -23,13 +23,11 @@ from .lists import over
 
 __all__ = [
     "CountState",
-    "Injected",
     "apply_updates",
     "chain",
     "check_transforms",
     "forwarding",
     "identity",
-    "inject",
     "is_schedule",
     "new_count",
     "nonnegative",
@@ -152,86 +150,6 @@ def apply_updates(params: Any, updates: Any) -> Any:
     {'w': tensor([2., 2.])}
     """
     return over(lambda p, u: p + u, params, updates)
-
-
-class Injected(NamedTuple):
-    """State of `inject`: hyper-parameters by name (0-d float64), the count of updates, the state of the optimizer.
-
-    `scheduled` names those hyper-parameters that a schedule sets anew at each update, each with an empty tuple: it has no leaves,
-    and tells who wants to change a hyper-parameter that it would not last.
-
-    >>> import torch, ftrain as ft
-    >>> ft.optim.inject(ft.optim.sgd)(lr=0.1).init({"w": torch.ones(2)}).hyper
-    {'lr': tensor(0.1000, dtype=torch.float64)}
-    """
-
-    hyper: dict[str, Tensor]
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count, as in optax
-    inner: Any
-    scheduled: dict[str, tuple[()]]
-
-    def metrics(self) -> dict[str, Tensor]:
-        return self.hyper
-
-
-def inject(factory: Callable[..., Transform]) -> Callable[..., Transform]:
-    """Turn the numeric hyper-parameters of an optimizer into leaves of its state.
-
-    Hooks, `lr_find` and vmapped sweeps can then read and replace them: `state.opt.hyper["lr"]`. An argument that is a schedule
-    is evaluated at every update, and its value stands there too.
-
-    Args:
-        factory: a function of hyper-parameters that returns a transform, e.g. `ft.optim.adamw`.
-
-    Returns:
-        A function of the same arguments. Those that are passed to it become leaves; those left at their default do not.
-
-    Source: the idea of `optax.inject_hyperparams`.
-
-    >>> import torch, ftrain as ft
-    >>> tx = ft.optim.inject(ft.optim.sgd)(lr=0.5)
-    >>> params = {"w": torch.zeros(1)}
-    >>> state = tx.init(params)
-    >>> halved = state._replace(hyper={"lr": state.hyper["lr"] / 2})
-    >>> tx.update({"w": torch.ones(1)}, halved, params)[0]["w"]
-    tensor([-0.2500])
-    """
-    if not callable(factory):
-        raise TypeError(
-            explain(
-                "ft.optim.inject wants an optimizer's function.",
-                got=repr(factory),
-                fix="inject(ft.optim.adamw)(lr=1e-3)",
-            )
-        )
-    signature = inspect.signature(factory)
-
-    def make(*args: Any, **kwargs: Any) -> Transform:
-        factory(*args, **kwargs)  # validates the arguments now, not at the first step
-        bound = signature.bind(*args, **kwargs)
-        arguments = dict(bound.arguments)
-        numbers = {k: float(v) for k, v in arguments.items() if type(v) in (int, float)}
-        tensors = {k: v for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim == 0}
-        schedules = {k: v for k, v in arguments.items() if is_schedule(v)}
-
-        def build(hyper: dict[str, Tensor]) -> Transform:
-            return factory(**{**arguments, **hyper})
-
-        def init(params: Any, /) -> Any:
-            count = new_count(params)
-            hyper = {k: torch.full_like(count, v, dtype=torch.float64) for k, v in numbers.items()}
-            hyper |= {k: v.detach().to(count.device, torch.float64, copy=True) for k, v in tensors.items()}
-            hyper |= {k: schedule(count).to(torch.float64) for k, schedule in schedules.items()}
-            return Injected(hyper, count, build(hyper).init(params), dict.fromkeys(schedules, ()))
-
-        def update(grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]:
-            hyper = {**state.hyper, **{k: schedule(state.count).to(torch.float64) for k, schedule in schedules.items()}}
-            updates, inner = build(hyper).update(grads, state.inner, params)
-            return updates, Injected(hyper, state.count + 1, inner, state.scheduled)
-
-        return Transform(init, update)
-
-    return make
 
 
 class CountState(NamedTuple):
