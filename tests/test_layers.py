@@ -45,11 +45,16 @@ SYNC_FREE = ("loops/", "sinks/", *(f"{unit}/" for unit in EDGES))  # at log poin
 # Files of the other units with a marked sync, and what they read.
 SYNC_FILES = {
     "state.py": "the counters, where the host has no copy of them yet",
+    "optim/from_torch.py": "hyper-parameters of an optimizer of torch, on the CPU unless the user put them elsewhere",
+    "optim/kept.py": "numbers that an optimizer of torch keeps, on the CPU",
 }
 
 NOT_IN_PLACE = {"requires_grad_"}  # changes what is recorded, not the values
 # Files other than steps/compile.py with a marked mutation, and what they write to.
-MUTATES_FILES: dict[str, str] = {"steps/donation.py": "donation outside of a graph: the eager rungs"}
+MUTATES_FILES: dict[str, str] = {
+    "steps/donation.py": "donation outside of a graph: the eager rungs",
+    "optim/quasi_newton.py": "a copy of L-BFGS's history, made once for an update",
+}
 
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 

@@ -58,9 +58,12 @@ OURS: dict[type[torch.optim.Optimizer], Callable[[Kwargs], ft.Transform]] = {
         ft.optim.rprop, etas=("eta_minus", "eta_plus"), step_sizes=("min_step_size", "max_step_size")
     ),
     torch.optim.ASGD: renamed(ft.optim.asgd),
+    torch.optim.Adafactor: renamed(ft.optim.adafactor),
+    torch.optim.Muon: lambda kwargs: ft.optim.muon(**kwargs).transforms["muon"],  # what it does to matrices
 }
 
 EXEMPT: dict[str, str] = {
+    "LBFGS": "evaluates the loss again and again, on one batch: tests/test_lbfgs.py",
     "SparseAdam": "takes sparse gradients alone, which no transform of ftrain does",
 }
 
@@ -77,6 +80,8 @@ LEAST = {
     "RMSprop": 8,
     "Rprop": 5,
     "ASGD": 7,
+    "Adafactor": 5,
+    "Muon": 7,
 }
 
 # How an optimizer computes, not what: there is nothing of the kind to map.
@@ -116,6 +121,15 @@ MORE: dict[type[torch.optim.Optimizer], list[Kwargs]] = {
         {"alpha": 0.9, "centered": True, "maximize": True},
     ],
     torch.optim.Rprop: [{"etas": (0.3, 3.0), "step_sizes": (5e-3, 0.1)}, {"lr": LR}],
+    torch.optim.Adafactor: [
+        {"lr": 0.5, "eps": (1e-3, 10.0), "weight_decay": 0.1, "maximize": True},
+        {"lr": LR, "d": 1.01},
+    ],
+    torch.optim.Muon: [
+        {"nesterov": False, "eps": 10.0},
+        {"adjust_lr_fn": "match_rms_adamw"},
+        {"adjust_lr_fn": "original", "lr": LR},
+    ],
     torch.optim.ASGD: [{"lambd": 0.1, "alpha": 0.5, "t0": 4}, {"lambd": 0.0, "t0": 0, "weight_decay": 0.1}],
 }
 
@@ -133,6 +147,9 @@ MOMENTS = {
     "prev": "prev",
     "step_size": "step_size",
     "ax": "ax",
+    "row_var": "row_var",
+    "col_var": "col_var",
+    "variance": "variance",
 }
 
 MATRICES_ONLY = {torch.optim.Muon}
@@ -157,6 +174,8 @@ def cases() -> list[Any]:
             dropped = [name for name in kwargs if name in FLAGS]
             name = f"{info.optim_cls.__name__}: {description}" + (f" (without {', '.join(dropped)})" if dropped else "")
             mathematical = {name: value for name, value in kwargs.items() if name not in FLAGS}
+            if isinstance(mathematical.get("lr"), Tensor):  # Muon multiplies it in its own dtype, see LR
+                mathematical["lr"] = mathematical["lr"].to(torch.float64)
             found.append(pytest.param(info.optim_cls, mathematical, id=name))
     return found
 
@@ -295,7 +314,7 @@ def refused() -> list[Any]:
         for error in info.optim_error_inputs_func("cpu", torch.float64):
             case = error.optimizer_error_input
             of_construction = error.error_on == OptimizerErrorEnum.CONSTRUCTION_ERROR
-            mathematical = case.params is None and case.kwargs and not set(case.kwargs) & set(FLAGS)
+            mathematical = case.kwargs and not set(case.kwargs) & set(FLAGS)
             if of_construction and mathematical and error.error_regex not in ALLOWED:
                 found.append(
                     pytest.param(info.optim_cls, case.kwargs, id=f"{info.optim_cls.__name__}: {error.error_regex}")

@@ -18,7 +18,19 @@ from torch import Tensor
 
 from .. import tree
 
-__all__ = ["Leaves", "leafwise", "lerp", "maximum", "minimum", "norms", "one_by_one", "over", "where", "wide_dtype"]
+__all__ = [
+    "Leaves",
+    "inside_transform",
+    "leafwise",
+    "lerp",
+    "maximum",
+    "minimum",
+    "norms",
+    "one_by_one",
+    "over",
+    "where",
+    "wide_dtype",
+]
 
 Operand = Any  # Leaves | float | 0-d Tensor
 _foreach: Any = torch  # the stubs of torch's list operations do not know all of their overloads
@@ -156,6 +168,24 @@ def _values(other: Operand) -> Any:
     return other.tensors if isinstance(other, Leaves) else other
 
 
+def inside_transform() -> bool:
+    """Whether a transform of `torch.func` (vmap, grad) is at work, in eager mode or in a trace.
+
+    >>> import torch
+    >>> from ftrain.optim.lists import inside_transform
+    >>> seen = []
+    >>> _ = torch.func.vmap(lambda x: (seen.append(inside_transform()), x)[1])(torch.ones(2))
+    >>> seen, inside_transform()
+    ([True], False)
+    """
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+# dynamo (2.13) refuses the call inside of a transform ("torch.* op returned non-Tensor"); with this mark it makes the call while it
+# traces, when functorch's stack stands as it will. `torch.compiler.assume_constant_result` sets the mark, and imports dynamo.
+inside_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see above
+
+
 def one_by_one() -> bool:
     """Whether leaves are worked on one after the other: under compile, and under vmap and its kin.
 
@@ -163,7 +193,7 @@ def one_by_one() -> bool:
     >>> one_by_one()
     False
     """
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+    return torch.compiler.is_compiling() or inside_transform()
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype | None:
@@ -234,7 +264,7 @@ def _spread(scalars: Sequence[Any], leaves: list[Tensor]) -> list[list[Any]]:
     all of Adam. `as_strided` makes it compute them once, into a buffer; each leaf reads an element of its own, since leaves that
     read the same element are fused into one kernel at the end of the graph, with all gradients alive until then.
     """
-    if not torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+    if not torch.compiler.is_compiling() or inside_transform():
         return [list(scalars) for _ in leaves]
     tensors = [value for value in scalars if isinstance(value, Tensor)]
     if not tensors:
