@@ -67,7 +67,7 @@ def rmsprop(
     >>> tx = ft.optim.rmsprop(0.1)
     >>> params = {"w": torch.ones(1)}
     >>> tx.update({"w": torch.full((1,), 5.0)}, tx.init(params), params)[0]["w"]
-    tensor([-1.0000])
+    tensor([-1.])
     """
     nonnegative(lr=lr, decay=decay, eps=eps, momentum=momentum, weight_decay=weight_decay)
     fractions(decay=decay)
