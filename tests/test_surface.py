@@ -24,7 +24,7 @@ INSIDE = {
     "set_to_zero LearningRateState NoiseState CountState add_decayed_weights add_noise centralize scale scale_by_learning_rate "
     "scale_by_schedule ClipState adaptive_grad_clip clip clip_by_norm MasterState RoundingState master_weights stochastic_rounding "
     "make optimizers",
-    "ftrain.loops.hooks": "plateau",
+    "ftrain.loops.hooks": "nonfinite plateau",
     "ftrain.optim.schedules": "ScheduleFn constant cosine cosine_restarts cyclic exponential from_torch inverse_sqrt join linear "
     "multi_step one_cycle piecewise_constant piecewise_interpolate polynomial step warmup warmup_cosine warmup_stable_decay",
     "ftrain.rng": "Isolated bernoulli bits fold_in fold_in_host key normal permutation randint seeded split uniform",

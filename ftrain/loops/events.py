@@ -81,15 +81,15 @@ class Hook(NamedTuple):
 
 @dataclass(frozen=True)
 class _On:
-    when: str | Cadence
+    when: tuple[str | Cadence, ...]
     hook: Any
 
 
-def on(when: str | Cadence, hook: Any) -> Any:
+def on(when: str | Cadence | tuple[str | Cadence, ...], hook: Any) -> Any:
     """Call a hook only at events of one kind, or only at steps when a cadence fires.
 
     Args:
-        when: a kind of event, or e.g. `ft.every(steps=100)`.
+        when: a kind of event, or e.g. `ft.every(steps=100)`, or a tuple of such: at any of them.
         hook: a function `(state, event) -> state`, or a `Hook`.
 
     Raises:
@@ -98,18 +98,22 @@ def on(when: str | Cadence, hook: Any) -> Any:
     >>> import ftrain as ft
     >>> hook = ft.on("epoch", lambda state, event: state)
     """
-    if isinstance(when, str) and when not in KINDS:
-        raise HookError(explain(f"ft.on: there are no events of kind {when!r}.", expected=", ".join(KINDS)))
-    if not isinstance(when, (str, Cadence)):
-        raise HookError(explain("ft.on wants a kind of event or a cadence.", expected=", ".join(KINDS), got=repr(when)))
-    return _On(when, hook)
+    several = when if isinstance(when, tuple) else (when,)
+    for one in several:
+        if isinstance(one, str) and one not in KINDS:
+            raise HookError(explain(f"ft.on: there are no events of kind {one!r}.", expected=", ".join(KINDS)))
+        if not isinstance(one, (str, Cadence)):
+            raise HookError(
+                explain("ft.on wants a kind of event or a cadence.", expected=", ".join(KINDS), got=repr(one))
+            )
+    return _On(several, hook)
 
 
 class Hooks:
     """The hooks of a run, called in order."""
 
     def __init__(self, hooks: Sequence[Any]) -> None:
-        self._hooks: list[tuple[str, str | Cadence | None, Any]] = []
+        self._hooks: list[tuple[str, tuple[str | Cadence, ...] | None, Any]] = []
         names: set[str] = set()
         for position, hook in enumerate(hooks):
             when, inner = (hook.when, hook.hook) if isinstance(hook, _On) else (None, hook)
@@ -174,10 +178,13 @@ class Hooks:
         """This moment is over: cadences are asked next about what comes after it."""
         self._before = now
 
-    def _wants(self, when: str | Cadence | None, kind: str, now: Clock) -> bool:
+    def _wants(self, when: tuple[str | Cadence, ...] | None, kind: str, now: Clock) -> bool:
+        return when is None or any(self._fires(one, kind, now) for one in when)
+
+    def _fires(self, when: str | Cadence, kind: str, now: Clock) -> bool:
         if isinstance(when, Cadence):
             return kind in ("start", "step") and when.fires(None if kind == "start" else self._before, now)
-        return when is None or when == kind
+        return when == kind
 
     def _with_memory(self, name: str, hook: Hook, state: TrainState, event: Event) -> Outcome:
         memory = state.extra[name]
