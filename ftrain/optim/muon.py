@@ -164,7 +164,8 @@ def _labels(mask: Mask | None) -> Any:
     if mask is None:
         return lambda path, leaf: "muon" if leaf.ndim == 2 else "adamw"
     if isinstance(mask, str) or (isinstance(mask, (list, tuple)) and all(isinstance(one, str) for one in mask)):
-        return {**dict.fromkeys([mask] if isinstance(mask, str) else mask, "muon"), "*": "adamw"}
+        # "**" matches all that "*" does, and leaves "*" to the user.
+        return {**dict.fromkeys([mask] if isinstance(mask, str) else mask, "muon"), "**": "adamw"}
     if callable(mask):
         return lambda path, leaf: "muon" if mask(path, leaf) else "adamw"
     return tree.map(lambda chosen: "muon" if chosen is True else "adamw", mask)
