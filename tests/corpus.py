@@ -212,7 +212,7 @@ class Rule:
 RULES: dict[str, Rule] = {
     "sgd_dampened": Rule(
         ft.optim.sgd,
-        {"lr": 0.05, "momentum": 0.9, "dampening": 0.5, "weight_decay": 1e-2},
+        {"lr": 0.05, "momentum": 0.9, "dampening": 0.3, "weight_decay": 1e-2},
         {"lr": 0.1, "weight_decay": 0.0},
         {"lr": 0.02, "weight_decay": 0.0},
     ),
@@ -295,6 +295,35 @@ RULES: dict[str, Rule] = {
 }
 
 ALL_OPTIMIZERS: dict[str, Callable[[], ft.Transform]] = {**OPTIMIZERS, **RULES}
+
+# What is no optimizer by itself: pieces to chain, and wrappers, for the laws of test_algebra.py.
+PIECES: dict[str, Callable[[], ft.Transform]] = {
+    "identity": ft.optim.identity,
+    "scale": lambda: ft.optim.scale(-0.3),
+    "scale_by_learning_rate": lambda: ft.optim.scale_by_learning_rate(
+        ft.schedules.warmup_cosine(0.1, 2, 9, start=0.01)
+    ),
+    "scale_by_schedule": lambda: ft.optim.scale_by_schedule(ft.schedules.warmup_cosine(1.0, 2, 9, start=0.5)),
+    "add_decayed_weights": lambda: ft.optim.add_decayed_weights(0.1, mask=ft.optim.no_bias_or_norm),
+    "add_noise": lambda: ft.optim.add_noise(1e-2, 0.55, seed=3),
+    "centralize": ft.optim.centralize,
+    "clip": lambda: ft.optim.clip(0.5),
+    "clip_by_norm": lambda: ft.optim.clip_by_norm(0.7),
+    "clip_by_global_norm": lambda: ft.optim.clip_by_global_norm(1.0),
+    "adaptive_grad_clip": lambda: ft.optim.adaptive_grad_clip(0.1),
+    "masked": lambda: ft.optim.masked(ft.optim.sgd(0.1, momentum=0.9), lambda path, p: p.ndim >= 2),
+    "freeze": lambda: ft.optim.freeze(lambda path, p: p.ndim < 2),
+    "set_to_zero": ft.optim.set_to_zero,
+    "conditionally_mask": lambda: ft.optim.conditionally_mask(ft.optim.adam(0.1), lambda t: t % 2 == 0),
+    "partition": lambda: ft.optim.partition(
+        lambda path, p: "tensors" if p.ndim >= 2 else "rest",
+        {"tensors": ft.optim.adamw(0.1), "rest": ft.optim.sgd(0.1, momentum=0.9)},
+    ),
+    "skip_nonfinite": lambda: ft.optim.skip_nonfinite(ft.optim.adam(0.1)),
+    "master_weights": lambda: ft.optim.master_weights(ft.optim.adam(0.1)),
+    "stochastic_rounding": lambda: ft.optim.stochastic_rounding(ft.optim.adam(0.1), seed=5),
+    "inject": lambda: ft.optim.inject(ft.optim.adamw)(0.1, b1=0.8),
+}
 
 
 def setup(

@@ -102,7 +102,7 @@ def radam(
 def _rectified(b2: Any, t: Tensor) -> tuple[Tensor, Tensor]:
     """Whether update t is adaptive, and the factor of its learning rate: 0-d."""
     power = b2**t
-    longest = 2.0 / (1.0 - b2) - 1.0
+    longest = 2.0 / (1.0 - b2) - 1.0 + torch.zeros_like(t)  # a tensor, since `where` makes float32 of two numbers
     length = longest - 2.0 * t * power / (1.0 - power)
     adaptive = length > 5.0
     r = torch.where(adaptive, length, 6.0)  # no root of a negative number on the branch that is not taken

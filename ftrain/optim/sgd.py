@@ -83,7 +83,7 @@ def sgd(
             return (g + b * mu if nesterov else b) * -rate, b
 
         if keeps:
-            taken = torch.where(state.count == 0, 1.0, 1.0 - damp) if dampens else 1.0
+            taken = 1.0 - (state.count > 0).to(torch.float64) * damp if dampens else 1.0
             updates, buffer = over(heavy, grads, params, state.momentum, scalars=(rate, mu, decay, taken))
         else:
             updates, buffer = over(plain, grads, params, scalars=(rate, decay)), ()
