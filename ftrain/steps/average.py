@@ -19,6 +19,7 @@ from ..optim.averaging import first_average, moved_average
 from ..optim.transform import nonnegative, value_at
 from ..state import TrainState
 from ..types import Batch, Metrics, Params, Schedule
+from .grad import constants
 from .regions import region
 from .train import Stepped
 
@@ -100,8 +101,7 @@ class Averaged(Stepped):
             where = (step >= self.start) & ((step - self.start) % self.every == 0)
         first = before.count == 0
         weight = torch.where(first, 1.0, self.weight(before.count.to(torch.float64)))
-        params = {name: p.detach() for name, p in params.items()}
-        new = moved_average(before.params, params, weight, where)
+        new = moved_average(before.params, constants(params), weight, where)
         kept = moved_average(before.buffers, buffers, weight if self.buffers else torch.ones_like(weight), where)
         return Average(new, kept, before.count + (1 if where is None else where.to(torch.int64)))
 

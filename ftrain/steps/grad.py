@@ -16,9 +16,10 @@ from torch import Tensor
 from .. import tree
 from ..errors import LossError, explain
 from ..metrics import Mean, Metric
+from ..optim.lists import inside_transform
 from ..types import LOSS_SCALE, Batch, Engine, GradFn, LossFn, Params
 
-__all__ = ["SingleDevice", "value_and_grad"]
+__all__ = ["SingleDevice", "constants", "value_and_grad"]
 
 
 class SingleDevice:
@@ -35,7 +36,7 @@ class SingleDevice:
         if LOSS_SCALE in buffers:
             buffers = dict(buffers)
             scale = buffers.pop(LOSS_SCALE)
-        if torch._C._functorch.maybe_current_level() is not None:
+        if inside_transform():
             return _transformed(loss_fn, params, buffers, batch, rng, scale)
         leaves = {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in params.items()}
         # The scope stays open until the backward has finished: activation checkpointing runs the forward again in there, and
@@ -86,6 +87,19 @@ def value_and_grad(loss_fn: LossFn, *, engine: Engine | None = None) -> GradFn:
         return chosen.value_and_grad(loss_fn, params, buffers, batch, rng)
 
     return grad_fn
+
+
+def constants(params: Params) -> Params:
+    """Parameters without the history that they have where a compiled step made them leaves outside of its graph.
+
+    Inside a transform of `torch.func` they stay as they are: somebody differentiates through the step.
+
+    >>> import torch
+    >>> from ftrain.steps.grad import constants
+    >>> constants({"w": torch.ones(1, requires_grad=True)})
+    {'w': tensor([1.])}
+    """
+    return params if inside_transform() else {name: p.detach() for name, p in params.items()}
 
 
 def _detached(metric: Metric) -> Metric:

@@ -10,6 +10,7 @@ from ..optim.clip import global_norm
 from ..optim.lists import over
 from ..optim.transform import nonnegative
 from ..types import Batch, GradFn, Params
+from .grad import constants
 from .wrap import GradWrapper
 
 __all__ = ["with_sam"]
@@ -24,7 +25,7 @@ class Sharpness(GradWrapper):
 
     def __call__(self, params: Params, buffers: Params, batch: Batch, rng: Tensor, /) -> Any:
         grads, loss, rest = self.inner(params, buffers, batch, rng)
-        plain = {name: p.detach() for name, p in params.items()}
+        plain = constants(params)
         uphill = over(_weighted, grads, plain) if self.adaptive else grads
         size = self.rho / (global_norm(uphill) + 1e-12)
         climb = over(_weighted, uphill, plain) if self.adaptive else uphill

@@ -17,12 +17,13 @@ from ..metrics import Last, Mean, Metric
 from ..optim import Partition, apply_updates
 from ..optim import metrics as reports
 from ..optim.guard import select
+from ..optim.lists import inside_transform
 from ..precision import Policy, as_policy
 from ..state import TrainState, check_state, check_transform
 from ..types import Batch, GradFn, Metrics, Params, Transform
 from .accumulate import Accumulated, with_accumulation
 from .bind import batch_size, bind
-from .grad import value_and_grad
+from .grad import constants, value_and_grad
 from .loss_scale import with_loss_scale
 from .precision import with_precision
 from .regions import region
@@ -129,7 +130,7 @@ class Update:
         old, others = state.params, {}
         if self._select is not None:
             old = self._chosen(state.params)
-            others = {name: p.detach() for name, p in state.params.items() if name not in old}
+            others = constants({name: p for name, p in state.params.items() if name not in old})
         given: dict[str, Any] = {**state.frozen, **state.buffers, **others}
         for name in self.states:
             given[name] = state.extra[name]
@@ -139,7 +140,7 @@ class Update:
             finite = new[name].finite if finite is None else finite & new[name].finite
         value_fn = self._value_fn(given, batch, key) if self._searches else None
         if torch.compiler.is_compiling():  # where the leaves of the gradient came in from outside (see steps/compile.py)
-            old = {name: p.detach() for name, p in old.items()}
+            old = constants(old)
         before = self._own(state.opt)
         run = region(self, self._apply, needed=False)
         params, opt = run(grads, before, old, finite) if value_fn is None else self._apply(
@@ -450,7 +451,7 @@ def seeded_by(state: TrainState, *salt: int) -> rng.seeded | _nothing:
     Where the counters have no value of their own (fake tensors, inside vmap) it does nothing: whoever set that up decides about
     randomness.
     """
-    if type(state.step) is not Tensor or state.step.is_meta or torch._C._functorch.maybe_current_level() is not None:
+    if type(state.step) is not Tensor or state.step.is_meta or inside_transform():
         return _nothing()
     counters = state.counters()
     return rng.seeded(rng.fold_in_host(counters.seed, counters.step, *salt), state.device)
