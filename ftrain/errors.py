@@ -82,7 +82,7 @@ class LimitError(FtrainError, ValueError):
 
 
 class HookError(FtrainError, TypeError):
-    """A hook returned something that is not a state of the same structure."""
+    """A hook returned something that is not a state of the same structure, or cannot work with this run."""
 
 
 class CompileError(FtrainError, RuntimeError):
