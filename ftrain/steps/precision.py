@@ -81,7 +81,9 @@ def computing(policy: Policy, device: torch.device) -> AbstractContextManager[An
     """Context of the forward pass: autocast for mixed precisions, nothing else."""
     if not policy.mixed:
         return nullcontext()
-    return torch.autocast(device.type, dtype=policy.compute)
+    # Without its cache of converted weights: a block that is computed again in the backward pass would find other casts than in the
+    # forward pass ("encountered during backward but not found in storage", 2.13).
+    return torch.autocast(device.type, dtype=policy.compute, cache_enabled=False)
 
 
 def check_precision(policy: Policy, params: Params) -> None:

@@ -43,6 +43,8 @@ class Update:
         self.grad_fn = grad_fn
         self.tx: Any = tx
         self.only = only
+        # Two updates of one step draw from streams of their own.
+        self._salt = () if only is None else (zlib.crc32(only.encode()),)
         self._select: Callable[[Params], dict[str, Params]] | None = None
         if only is not None:
             self._select, self.tx = _group(tx, only)
@@ -109,7 +111,7 @@ class Update:
         return opt[self.only]
 
     def __call__(self, state: TrainState, batch: Batch, key: Tensor | None = None) -> tuple[TrainState, Metrics]:
-        salt = () if self.only is None else (zlib.crc32(self.only.encode()),)
+        salt = self._salt
         if torch.compiler.is_compiling():
             if key is None:
                 key = rng.fold_in(state.seed, state.step)
