@@ -197,6 +197,7 @@ class Rule:
     """An optimizer for the laws of test_optimizers.py: its function, and the options of its row.
 
     `quadratic`, `rosenbrock`: further options with which it solves these problems. `signed`: arguments that may be negative.
+    `atol`: how far a vmapped update may be from a loop, where matrix products in bfloat16 are rounded otherwise in a batch.
     """
 
     make: Callable[..., ft.Transform]
@@ -204,6 +205,7 @@ class Rule:
     quadratic: dict[str, Any]
     rosenbrock: dict[str, Any]
     signed: tuple[str, ...] = ()
+    atol: float = 1e-14
 
     def __call__(self) -> ft.Transform:
         return self.make(**self.options)
@@ -291,6 +293,32 @@ RULES: dict[str, Rule] = {
         {"lr": 0.1, "lambd": 1e-2, "t0": 2.0, "weight_decay": 1e-2},
         {"lambd": 0.0, "weight_decay": 0.0},
         {"lr": 0.019, "lambd": 0.0, "weight_decay": 0.0},
+    ),
+    "adafactor": Rule(
+        ft.optim.adafactor,
+        {"lr": 0.03, "weight_decay": 1e-2},
+        {"weight_decay": 0.0},
+        {"weight_decay": 0.0},
+        signed=("beta2_decay",),
+    ),
+    "lion": Rule(
+        ft.optim.lion,
+        {"lr": 1e-2, "weight_decay": 0.1},
+        {"weight_decay": 0.0},
+        {"b2": 0.9, "weight_decay": 0.0},
+    ),
+    "lamb": Rule(
+        ft.optim.lamb,
+        {"lr": 0.01, "eps_root": 1e-8, "weight_decay": 1e-2},
+        {"weight_decay": 0.0},
+        {"b2": 0.9, "weight_decay": 0.0},
+    ),
+    "muon": Rule(
+        ft.optim.muon,
+        {"lr": 0.02},
+        {"weight_decay": 0.0},
+        {"weight_decay": 0.0},
+        atol=2e-3,
     ),
 }
 

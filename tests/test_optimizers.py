@@ -52,10 +52,10 @@ def run(tx: ft.Transform, steps: int = 4, dtype: torch.dtype = torch.float64) ->
     return params, state
 
 
-def close(a: Any, b: Any, rtol: float = 1e-12) -> None:
+def close(a: Any, b: Any, rtol: float = 1e-12, atol: float = 1e-14) -> None:
     assert tree.same_structure(a, b)
     for (path, one), two in zip(tree.items(a), tree.leaves(b), strict=True):
-        torch.testing.assert_close(one, two, rtol=rtol, atol=1e-14, msg=lambda text, path=path: f"{path}: {text}")
+        torch.testing.assert_close(one, two, rtol=rtol, atol=atol, msg=lambda text, path=path: f"{path}: {text}")
 
 
 # ------------------------------------------------------------------------------------------------------ form and purity
@@ -111,7 +111,8 @@ def test_an_update_changes_none_of_its_arguments_and_shares_no_memory(name: str)
 @pytest.mark.parametrize("name", RULES)
 def test_the_state_shows_the_learning_rate(name: str) -> None:
     _, state = run(RULES[name](), steps=1)
-    assert float(ft.optim.metrics(state)["lr"]) == pytest.approx(RULES[name].options.get("lr", 1.0))
+    rates = {float(value) for key, value in ft.optim.metrics(state).items() if key.startswith("lr")}
+    assert list(rates) == [pytest.approx(RULES[name].options.get("lr", 1.0))]
 
 
 # -------------------------------------------------------------------------------------------------------- compile and vmap
@@ -139,7 +140,7 @@ def test_a_vmapped_update_is_a_loop(name: str) -> None:
         rows.append((torch.func.grad(wavy(7))(params), state, params))
     stacked = tree.map(lambda *row: torch.stack(row), *rows)
     looped = tree.map(lambda *row: torch.stack(row), *[tx.update(*row) for row in rows])
-    close(torch.func.vmap(tx.update)(*stacked), looped)
+    close(torch.func.vmap(tx.update)(*stacked), looped, atol=RULES[name].atol if name in RULES else 1e-14)
 
 
 def host_reads(fn: Callable[[], Any]) -> int:

@@ -162,6 +162,7 @@ def _check(beta2_decay: Any, eps: Any, d: Any) -> tuple[float | None, float]:
                 fix="beta2_decay=-0.8",
             )
         )
+    nonnegative(d=d)
     if isinstance(d, (int, float)) and not d >= 1:
         raise LimitError(explain(f"adafactor: d={d!r} is below 1.", expected="d >= 1", got=repr(d), fix="d=1.0"))
     if not (isinstance(eps, (tuple, list)) and len(eps) == 2):

@@ -27,7 +27,7 @@ from .kept import Kept, read, snapshot, write
 from .lbfgs import lbfgs
 from .masks import check_patterns, matches, names
 from .opaque import no_value_fn, refuse_trace
-from .torch_refusals import cannot_run, check_class, needs_closure, refused
+from .torch_refusals import cannot_run, changes_by_itself, check_class, needs_closure, refused
 from .transform import is_schedule
 
 __all__ = ["TorchState", "from_torch"]
@@ -138,6 +138,11 @@ class Adapter:
                     raise
                 except Exception as error:
                     raise cannot_run(self.kind, error) from error
+        for group, own in kept.groups.items():
+            given = {**self.hyper[""], **self.hyper[group]}
+            taken = next((key for key in own if callable(given.get(key)) or isinstance(given.get(key), Tensor)), None)
+            if taken is not None:
+                raise changes_by_itself(self.kind, taken)
         return TorchState(count, rates, _placed(kept, leaves))
 
     def update(self, grads: Any, state: Any, params: Any, /, *, value_fn: Any = None) -> tuple[Any, Any]:

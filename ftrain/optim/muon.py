@@ -41,7 +41,7 @@ def muon(
     momentum: float | Tensor | Schedule = 0.95,
     nesterov: bool = True,
     ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
-    eps: float = 1e-7,
+    eps: float | Tensor | Schedule = 1e-7,
     ns_steps: int = 5,
     adjust_lr_fn: AdjustLr | None = None,
     *,
@@ -100,7 +100,7 @@ def muon(
 
 
 def _muon(
-    lr: Any, weight_decay: Any, momentum: Any, nesterov: bool, ns: Any, eps: float, steps: int, adjust: AdjustLr | None
+    lr: Any, weight_decay: Any, momentum: Any, nesterov: bool, ns: Any, eps: Any, steps: int, adjust: AdjustLr | None
 ) -> Transform:
     """Muon for a tree of nothing but matrices."""
     decays = not is_zero(weight_decay)
@@ -122,11 +122,11 @@ def _muon(
         return MuonState(count, lr_leaf(lr, count), tree.map(torch.zeros_like, params))
 
     def update(grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]:
-        rate, mu, decay = (value_at(h, state.count) for h in (lr, momentum, weight_decay))
+        rate, mu, decay, floor = (value_at(h, state.count) for h in (lr, momentum, weight_decay, eps))
 
         def direction(x: Tensor) -> Tensor:
             # scale: longer steps for tall matrices, see `adjust_lr_fn`
-            return _orthogonal(x, ns, eps, steps).to(x.dtype) * _factor(x, adjust)
+            return _orthogonal(x, ns, floor, steps).to(x.dtype) * _factor(x, adjust)
 
         def rule(g: Any, p: Any, b: Any, rate: Any, shrink: Any) -> tuple[Any, Any]:
             b = lerp(b, g, 1.0 - mu)
@@ -139,7 +139,7 @@ def _muon(
     return Transform(init, update)
 
 
-def _orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], eps: float, steps: int) -> Tensor:
+def _orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], eps: Any, steps: int) -> Tensor:
     """The nearest matrix with orthonormal rows or columns, roughly: bfloat16, of the same shape."""
     a, b, c = coefficients
     tall = matrix.shape[0] > matrix.shape[1]

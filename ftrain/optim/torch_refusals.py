@@ -12,7 +12,7 @@ from .masks import nearest
 
 Values = dict[str, Any]
 
-__all__ = ["cannot_run", "check_class", "needs_closure", "refused"]
+__all__ = ["cannot_run", "changes_by_itself", "check_class", "needs_closure", "refused"]
 
 
 def needs_closure(kind: type) -> bool:
@@ -82,5 +82,16 @@ def cannot_run(kind: type, error: Exception) -> ModelError:
             got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
             expected="an optimizer whose step() works with dense gradients of ones",
             fix=f"the pattern groups, or ft.optim.partition, to give it only the parameters that {kind.__name__} can take",
+        )
+    )
+
+
+def changes_by_itself(kind: type, name: str) -> ModelError:
+    """The error of a schedule for something that the optimizer sets."""
+    return ModelError(
+        explain(
+            f"from_torch: {kind.__name__} changes its {name} by itself, so a schedule for it would not be followed.",
+            expected=f"{name} as a number, which it starts from",
+            fix=f"ft.optim.from_torch({kind.__name__}, {name}=0.01)",
         )
     )
