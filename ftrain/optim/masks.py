@@ -145,7 +145,11 @@ def regex(pattern: str) -> str:
         if part in ("*", "?"):
             made += ".*" if part == "*" else "."
         elif part[:1] == "[" and part[-1:] == "]" and len(part) > 2:
-            made += "[" + ("^" + part[2:] if part[1] == "!" else part[1:]).replace("\\", "\\\\")
+            negated = part[1] == "!"
+            body = part[2 if negated else 1 : -1]
+            for special in "\\[&~|^":  # "\\" first
+                body = body.replace(special, "\\" + special)
+            made += f"[{'^' if negated else ''}{body}]"
         else:
             made += re.escape(part)
     return made

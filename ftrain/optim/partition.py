@@ -216,7 +216,8 @@ def _unused(label: str, used: list[str]) -> str:
     return explain(
         f"partition: no leaf has the label {label!r}, so its transform would do nothing.",
         expected=f"labels that are used: {some(sorted(set(used))) or '(none)'}",
-        fix=f"transforms={{{like!r}: ...}}" if like else "leave the transform out, or allow_empty=True",
+        cause=f"is {like!r} meant?" if like else None,
+        fix=f"label some leaves {label!r}, or leave its transform out, or partition(..., allow_empty=True)",
     )
 
 

@@ -93,18 +93,25 @@ def check_transforms(what: str, *transforms: Any) -> None:
     """
     for position, one in enumerate(transforms):
         if not (callable(getattr(one, "init", None)) and callable(getattr(one, "update", None))):
-            name = getattr(one, "__name__", "") if callable(one) else ""
-            example = "ft.optim.clip_by_global_norm(1.0), ft.optim.adamw(3e-4)" if what == "chain" else "tx"
             raise TypeError(
                 explain(
                     f"ft.optim.{what} wants {'transforms' if what == 'chain' else 'a transform'}.",
                     where=f"argument {position}",
                     expected="Transform(init, update)",
                     got=type(one).__name__,
-                    cause=f"`{name}` makes one when it is called" if name else None,
-                    fix=f"ft.optim.{name}(...)" if name else f"ft.optim.{what}({example})",
+                    **_way_out(what, one),
                 )
             )
+
+
+def _way_out(what: str, one: Any) -> dict[str, str]:
+    if inspect.isfunction(one) and one.__module__.startswith(__package__):
+        return {"cause": f"`{one.__name__}` makes one when it is called", "fix": f"ft.optim.{one.__name__}(...)"}
+    kind = one if isinstance(one, type) else type(one)
+    if issubclass(kind, torch.optim.Optimizer):
+        return {"fix": f"ft.optim.from_torch(torch.optim.{kind.__name__}, lr=...)"}
+    inner = "ft.optim.clip_by_global_norm(1.0), ft.optim.adamw(3e-4)" if what == "chain" else "ft.optim.adamw(3e-4)"
+    return {"fix": f"ft.optim.{what}({inner})"}
 
 
 def takes_value_fn(tx: Transform) -> bool:
