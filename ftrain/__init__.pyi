@@ -44,6 +44,7 @@ from .steps import train_step as train_step
 from .steps import value_and_grad as value_and_grad
 from .steps import with_accumulation as with_accumulation
 from .steps import with_ema as with_ema
+from .steps import with_float8 as with_float8
 from .steps import with_grad_stats as with_grad_stats
 from .steps import with_loss_scale as with_loss_scale
 from .steps import with_precision as with_precision

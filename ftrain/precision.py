@@ -8,6 +8,7 @@
 | `16-mixed`  | float32    | float16 where autocast says so, with loss scale  | float32          |
 | `bf16-true` | bfloat16   | bfloat16                                         | float32          |
 | `16-true`   | float16    | float16                                          | float32          |
+| `fp8-mixed` | float32    | as `bf16-mixed`, linear layers in float8         | float32          |
 
 A policy is applied by `ftrain.with_precision` (computation) and `ftrain.init` (parameters).
 """
@@ -36,16 +37,18 @@ class Policy:
             (matrix products in `compute`, sums and losses in float32).
         output: dtype of the loss and of floating metrics.
         loss_scale: whether `ftrain.train_step` scales the loss, which float16 gradients need.
+        float8: whether `ftrain.train_step` multiplies the matrices of linear layers in float8.
 
     >>> import torch, ftrain as ft
     >>> ft.Policy(compute=torch.bfloat16)
-    Policy(param=torch.float32, compute=torch.bfloat16, output=torch.float32, loss_scale=False)
+    Policy(param=torch.float32, compute=torch.bfloat16, output=torch.float32, loss_scale=False, float8=False)
     """
 
     param: torch.dtype = torch.float32
     compute: torch.dtype = torch.float32
     output: torch.dtype = torch.float32
     loss_scale: bool = False
+    float8: bool = False
 
     def __post_init__(self) -> None:
         for name in ("param", "compute", "output"):
@@ -76,6 +79,7 @@ _NAMED = {
     "16-mixed": Policy(compute=torch.float16, loss_scale=True),
     "bf16-true": Policy(torch.bfloat16, torch.bfloat16),
     "16-true": Policy(torch.float16, torch.float16),
+    "fp8-mixed": Policy(compute=torch.bfloat16, float8=True),
 }
 _SHORT = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
@@ -84,7 +88,7 @@ def as_policy(precision: str | int | Policy, what: str = "precision") -> Policy:
     """A policy by its name; a policy stands for itself.
 
     Args:
-        precision: `"32-true"`, `"64-true"`, `"bf16-mixed"`, `"16-mixed"`, `"bf16-true"`, `"16-true"`, or short `32`, `64`,
+        precision: `"32-true"`, `"64-true"`, `"bf16-mixed"`, `"16-mixed"`, `"bf16-true"`, `"16-true"`, `"fp8-mixed"`, or short `32`, `64`,
             `"bf16"`, `16`.
         what: how the error calls it.
 

@@ -32,10 +32,10 @@ GROUND, EDGES = LAYERS[0], LAYERS[-1]  # these two import their peers as well, a
 LAYER_OF = {unit: number for number, layer in enumerate(LAYERS) for unit in layer}
 
 # Third-party packages that live in one place, so that they can be exchanged there.
-CONFINED = {"orbax": "checkpoint/", "jax": "checkpoint/", "jaxlib": "checkpoint/", "wandb": "sinks/wandb.py"}
+CONFINED = {"orbax": "checkpoint/", "jax": "checkpoint/", "jaxlib": "checkpoint/", "wandb": "sinks/wandb.py", "torchao": "steps/float8.py"}
 
 # Imported inside the functions that use them, so that `import ftrain` is light.
-NEVER_AT_TOP_LEVEL = {"rich", "matplotlib", "IPython"}
+NEVER_AT_TOP_LEVEL = {"rich", "matplotlib", "IPython", "torchao"}
 
 COMPILERS = {"torch.compile", "torch.compiler.compile", "torch._dynamo.optimize"}
 COMPILE_FILE = "steps/compile.py"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 import ftrain as ft
 from ftrain import tree
-from ftrain.errors import DeviceError, PrecisionError
+from ftrain.errors import DeviceError, ModelError, PrecisionError
 from ftrain.precision import as_policy
 
 from .corpus import MODELS
@@ -138,6 +139,75 @@ def test_the_whole_range_of_a_batch_norm_and_dropout_model() -> None:
     new, _ = step(ft.init(module, tx), case.batch())
     assert {b.dtype for b in new.buffers.values() if b.is_floating_point()} == {torch.float32}
     assert F.softmax(new.params["head.bias"], 0).isfinite().all()
+
+
+# -- float8 -------------------------------------------------------------------------------------------------------------------
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def squares(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return (model(batch) - batch[:, :3]).square().mean()
+
+
+@pytest.mark.parametrize("precision", [None, "bf16-mixed"])
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+def test_emulated_float8_trains_nearly_as_float32(precision: str | None, backend: str | None) -> None:
+    model, tx = wide(), ft.optim.adamw(1e-2)
+    loss: Any = ft.with_float8(ft.bind(model, squares), emulate=True)
+    if precision is not None:
+        loss = ft.with_precision(loss, precision)
+    step: Any = ft.make_step(ft.value_and_grad(loss), tx)
+    if backend is not None:
+        step = ft.compile(step, backend=backend, donate=False)
+    plain = ft.train_step(model, squares, tx)
+    start = one = two = ft.init(model, tx)
+    batch = torch.randn(32, 16)
+    for _ in range(10):
+        one, m = step(one, batch)
+        two, n = plain(two, batch)
+    first = float(plain(start, batch)[1]["loss"].compute())
+    assert bits(one.params) != bits(two.params), "nothing was rounded to float8"
+    assert float(m["loss"].compute()) == pytest.approx(float(n["loss"].compute()), rel=0.1)
+    assert float(n["loss"].compute()) < 0.9 * first
+    assert backend is None or (step.rung, step.compiles) == ("step", 1)
+    tree.check_same(start, one, root="state", what="the step changed the form of the state.")
+    assert [type(m) for m in model] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear], "the user's model was changed"
+
+
+def test_float8_takes_the_layers_that_are_chosen() -> None:
+    model = wide()
+    bound = ft.bind(model, squares)
+
+    def converted(**kw: Any) -> list[str]:
+        module = ft.with_float8(bound, emulate=True, **kw).skeleton.module
+        return [path for path, one in module.named_modules() if type(one).__name__ == "Float8Linear"]
+
+    assert converted() == ["0", "2"]  # sides that are multiples of 16
+    assert converted(modules="2") == ["2"]
+    remat = ft.with_float8(ft.with_remat(bound, "0"), emulate=True)
+    state = ft.init(model, ft.optim.sgd(0.1))
+    grads, *_ = ft.value_and_grad(remat)(state.params, {}, torch.randn(16, 16), ft.rng.key(0))
+    assert all(bool(g.isfinite().all()) for g in grads.values())
+
+
+def test_float8_says_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tx = wide(), ft.optim.sgd(0.1)
+    step = ft.train_step(model, squares, tx, precision="fp8-mixed")
+    for run in (step, ft.compile(step, backend="eager", donate=False)):
+        with pytest.raises(DeviceError, match=r"float8 is not supported on this device(.|\n)*fix: +precision=\"bf16-mixed\""):
+            run(ft.init(model, tx), torch.ones(16, 16))
+    with pytest.raises(ModelError, match=r"no linear layer is chosen(.|\n)*multiples of 16(.|\n)*\(3, 5\)"):
+        ft.with_float8(ft.bind(nn.Linear(5, 3), squares))
+    with pytest.raises(ModelError, match="'head' matches no module"):
+        ft.with_float8(ft.bind(model, squares), "head")
+    with pytest.raises(ModelError, match=r"wants what ft\.bind made"):
+        ft.with_float8(ft.with_precision(ft.bind(model, squares), "bf16-mixed"))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    with pytest.raises(ModelError, match=r"needs torchao(.|\n)*pip install 'ftrain\[float8\]'"):
+        ft.with_float8(ft.bind(model, squares))
 
 
 # -- bad input ----------------------------------------------------------------------------------------------------------------

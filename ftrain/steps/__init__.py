@@ -9,6 +9,7 @@ from .compile import compile as compile
 from .evaluate import eval_step as eval_step
 from .evaluate import predict_step as predict_step
 from .evaluate import to_module as to_module
+from .float8 import with_float8 as with_float8
 from .grad import value_and_grad as value_and_grad
 from .loss_scale import with_loss_scale as with_loss_scale
 from .precision import with_precision as with_precision

@@ -18,7 +18,7 @@ from ..errors import ModelError, explain
 from .bind import Bound
 from .skeleton import Skeleton
 
-__all__ = ["Modules", "with_remat"]
+__all__ = ["Modules", "chosen_modules", "with_remat"]
 
 Modules = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -59,13 +59,24 @@ def with_remat(loss_fn: Bound, modules: Modules) -> Bound:
     own = loss_fn.skeleton
     skeleton = Skeleton(own.module, train=own.module.training)
     skeleton.outer = own.outer
-    for module in _chosen(skeleton.module, modules):
+    for module in chosen_modules(skeleton.module, modules, "ft.with_remat"):
         # On the private copy: the user's module is never changed.
         module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
     return Bound(skeleton, loss_fn.loss_fn, loss_fn.wants_rng)
 
 
-def _chosen(model: nn.Module, modules: Modules) -> list[nn.Module]:
+def chosen_modules(model: nn.Module, modules: Modules, what: str) -> list[nn.Module]:
+    """The sub-modules that patterns or a predicate choose; of nested ones the outermost.
+
+    Raises:
+        ModelError: a pattern that matches none; the nearest path is suggested.
+
+    >>> import torch
+    >>> from ftrain.steps.remat import chosen_modules
+    >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.Tanh())
+    >>> chosen_modules(model, "1", "ft.with_remat")
+    [Tanh()]
+    """
     named = {path: module for path, module in model.named_modules() if path}
     if callable(modules):
         hits = [path for path, module in named.items() if modules(path, module)]
@@ -78,9 +89,9 @@ def _chosen(model: nn.Module, modules: Modules) -> list[nn.Module]:
         near = difflib.get_close_matches(patterns[0], named, 1, cutoff=0.3)
         raise ModelError(
             explain(
-                f"ft.with_remat: {patterns[0]!r} matches no module.",
+                f"{what}: {patterns[0]!r} matches no module.",
                 expected=f"a pattern for some of: {', '.join(list(named)[:8])}",
-                fix=f'ft.with_remat(loss, "{near[0] if near else next(iter(named), "blocks.*")}")',
+                fix=f'{what}(loss, "{near[0] if near else next(iter(named), "blocks.*")}")',
             )
         )
     outermost = [path for path in hits if not any(path.startswith(f"{other}.") for other in hits)]

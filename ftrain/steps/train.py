@@ -23,6 +23,7 @@ from ..state import TrainState, check_state, check_transform
 from ..types import Batch, GradFn, Metrics, Params, Transform
 from .accumulate import Accumulated, with_accumulation
 from .bind import batch_size, bind
+from .float8 import with_float8
 from .grad import constants, value_and_grad
 from .loss_scale import with_loss_scale
 from .precision import with_precision
@@ -346,6 +347,7 @@ def train_step(
 
         loss = ft.bind(model, loss_fn)                # (params, buffers, batch, rng) -> (loss, (metrics, buffers))
         loss = ft.with_remat(loss, remat)             # remat="blocks.*"
+        loss = ft.with_float8(loss)                   # precision="fp8-mixed"
         loss = ft.with_precision(loss, precision)     # precision="bf16-mixed"
         grad = ft.value_and_grad(loss)                # (params, buffers, batch, rng) -> (grads, loss, (metrics, buffers))
         grad = ft.with_accumulation(grad, accumulate) # also for windows (ft.data.window)
@@ -356,7 +358,7 @@ def train_step(
         model: the module. Its code is used, its numbers are the state's; it is copied and never changed.
         loss_fn: `loss_fn(model, batch)` or `loss_fn(model, batch, rng)`; returns a scalar loss or `(loss, metrics)`.
         tx: the optimizer with which the state was made.
-        precision: `"32-true"`, `"64-true"`, `"bf16-mixed"`, `"16-mixed"`, `"bf16-true"`, `"16-true"` or an `ft.Policy`;
+        precision: `"32-true"`, `"64-true"`, `"bf16-mixed"`, `"16-mixed"`, `"bf16-true"`, `"16-true"`, `"fp8-mixed"` or an `ft.Policy`;
             default: whatever dtypes model and batch have.
         accumulate: micro-batches into which each batch is cut.
         remat: modules whose activations are computed again in the backward pass.
@@ -385,6 +387,8 @@ def train_step(
     loss: Any = bind(model, loss_fn)
     if remat is not None:
         loss = with_remat(loss, remat)
+    if policy is not None and policy.float8:
+        loss = with_float8(loss)
     if policy is not None:
         loss = with_precision(loss, policy)
     grad: Any = with_accumulation(value_and_grad(loss), accumulate)
