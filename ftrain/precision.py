@@ -22,7 +22,7 @@ import torch
 
 from .errors import DeviceError, PrecisionError, explain
 
-__all__ = ["Policy", "as_policy", "check_supported"]
+__all__ = ["NAMED", "Policy", "as_policy", "check_supported"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -72,7 +72,7 @@ class Policy:
         return self.param != self.compute
 
 
-_NAMED = {
+NAMED = {
     "32-true": Policy(),
     "64-true": Policy(torch.float64, torch.float64, torch.float64),
     "bf16-mixed": Policy(compute=torch.bfloat16),
@@ -103,16 +103,16 @@ def as_policy(precision: str | int | Policy, what: str = "precision") -> Policy:
         return precision
     name = str(precision)
     name = _SHORT.get(name, name)
-    if name not in _NAMED or isinstance(precision, bool):
-        near = difflib.get_close_matches(name, [*_NAMED, *_SHORT], 1, cutoff=0.3)
+    if name not in NAMED or isinstance(precision, bool):
+        near = difflib.get_close_matches(name, [*NAMED, *_SHORT], 1, cutoff=0.3)
         raise PrecisionError(
             explain(
                 f"{what}: there is no precision {precision!r}.",
-                expected=", ".join(_NAMED) + ", or an ft.Policy",
+                expected=", ".join(NAMED) + ", or an ft.Policy",
                 fix=f"precision={near[0]!r}" if near else 'precision="bf16-mixed"',
             )
         )
-    return _NAMED[name]
+    return NAMED[name]
 
 
 def check_supported(policy: Policy, device: torch.device, what: str) -> None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .. import tree
+from ..optim.opaque import reason_in
 from ..state import TrainState
 from ..types import Batch
 from .backends import Program, Refused
@@ -77,6 +78,9 @@ def innermost(error: BaseException) -> BaseException:
 def first_line(error: BaseException) -> str:
     """What went wrong, from the innermost cause, in one line."""
     cause = innermost(error)
+    reason = reason_in(str(cause))
+    if reason is not None:
+        return reason
     if type(cause).__name__ == "InvalidCxxCompiler":
         return NO_COMPILER
     if "requires_grad_()" in str(cause):
