@@ -111,6 +111,17 @@ def test_a_piece_under_vmap(name: str) -> None:
             torch.testing.assert_close(y[k], x, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("name", PIECES)
+def test_a_piece_reads_nothing_on_the_host(name: str) -> None:
+    tx, params = PIECES[name](), leaves(1)
+    state = tx.init(params)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        tx.update(leaves(2), state, params)
+    seen = {event.key: event.count for event in profile.key_averages()}
+    assert seen or name == "identity"
+    assert "aten::_local_scalar_dense" not in seen
+
+
 @given(st.lists(st.sampled_from(CHAINED), min_size=3, max_size=5), st.data())
 def test_chain_is_associative_and_identity_neutral(names: list[str], data: st.DataObject) -> None:
     pieces = [PIECES[name]() for name in names]

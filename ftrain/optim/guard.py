@@ -96,7 +96,8 @@ def all_finite(values: Any) -> Tensor:
         extremes = list(torch._foreach_norm(leaves, float("inf")))
     else:
         extremes = [end for leaf in leaves for end in leaf.aminmax()]
-    return torch.stack([torch.isfinite(end) for end in extremes]).all()
+    wide = torch.float64 if any(end.dtype == torch.float64 for end in extremes) else torch.float32
+    return torch.isfinite(torch.stack([end.to(wide) for end in extremes])).all()
 
 
 def select(flag: Tensor, new: Any, old: Any) -> Any:

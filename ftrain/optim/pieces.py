@@ -221,7 +221,7 @@ def add_noise(eta: float | Tensor, gamma: float | Tensor, seed: int = 0) -> Tran
         step_key = rng.fold_in(state.key, count)
         leaves = [
             # Drawn in float64 where the leaf is, else in float32: noise in bfloat16 would be of 8 bits.
-            g + (rng.normal(rng.fold_in(step_key, i), tuple(g.shape), _wide(g.dtype)) * size).to(g.dtype)
+            (g + rng.normal(rng.fold_in(step_key, i), tuple(g.shape), _wide(g.dtype)) * size).to(g.dtype)
             for i, g in enumerate(tree.leaves(grads))
         ]
         return tree.unflatten(tree.structure(grads), leaves), NoiseState(count, state.key)

@@ -1,4 +1,4 @@
-"""Peak memory of training steps, in a process of its own: `python tests/bench/memory.py hand|donated|kept`.
+"""Peak memory of training steps, in a process of its own: `python tests/bench/memory.py KIND`, with KIND one of `LABELS`.
 
 What is measured: the resident memory that steady training steps need on top of the process. In order:
 
@@ -27,7 +27,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+LABELS = {
+    "hand": "hand-written, fused AdamW",
+    "donated": "ft.compile, donated",
+    "kept": "ft.compile, not donated",
+    "recipe_hand": "hand-written, fused AdamW",
+    "recipe_donated": "ft.compile, donated",
+    "parts_hand": "hand-written, fused AdamW",
+    "parts_donated": "ft.compile, donated",
+}
 KINDS = ("hand", "donated", "kept")
+RECIPE = ("recipe_hand", "recipe_donated")  # clipping, averages, bf16-mixed
+PARTS = ("parts_hand", "parts_donated")  # eight micro-batches
 STEPS = 5
 
 
@@ -91,35 +102,54 @@ def _sampled(run: Callable[[], object]) -> float:
     return highest
 
 
+def _hand(kind: str) -> Callable[[], Callable[[int], object]]:
+    import cases
+    import optimization
+
+    if kind == "parts_hand":
+        own = optimization.parts_large()
+        return lambda: optimization.hand_parts(own)
+    problem = cases.large()
+    return lambda: cases.hand_eager(problem) if kind == "hand" else optimization.hand_recipe(problem)
+
+
+def _ftrain(kind: str) -> Callable[[], Callable[[int], object]]:
+    """The step is made and compiled once, the state for each run anew."""
+    import cases
+    import optimization
+
+    import ftrain as ft
+
+    problem = optimization.parts_large() if kind == "parts_donated" else cases.large()
+    model = problem.model().to("meta")
+    if kind == "recipe_donated":
+        step, tx = optimization.recipe(model)
+    elif kind == "parts_donated":
+        step, tx = optimization.parts(model)
+    else:
+        tx = cases.ft_adamw()
+        step = ft.train_step(model, cases.loss_fn, tx)
+    fast = ft.compile(step, donate=kind != "kept")
+
+    def build() -> Callable[[int], object]:
+        state = step.init(ft.init(problem.model(), tx, seed=0))
+        batches = problem.forever()
+
+        def run(steps: int) -> None:
+            nonlocal state
+            for _ in range(steps):
+                state, _metrics = fast(state, next(batches))
+
+        return run
+
+    return build
+
+
 def main(kind: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    import cases
-
-    import ftrain as ft
-
-    problem = cases.large()
-    if kind == "hand":
-
-        def build() -> Callable[[int], object]:
-            return cases.hand_eager(problem)
-    else:
-        model, tx = problem.model(), cases.ft_adamw()
-        step = ft.compile(ft.train_step(model.to("meta"), cases.loss_fn, tx), donate=kind == "donated")
-        del model
-
-        def build() -> Callable[[int], object]:
-            state = ft.init(problem.model(), tx, seed=0)
-            batches = problem.forever()
-
-            def run(steps: int) -> None:
-                nonlocal state
-                for _ in range(steps):
-                    state, _metrics = step(state, next(batches))
-
-            return run
-
+    build = _hand(kind) if kind.endswith("hand") else _ftrain(kind)
     run = build()
     run(3)
     del run
@@ -135,7 +165,6 @@ def main(kind: str) -> None:
                 "peak_mb": round(peak - before, 1),
                 "between_steps_mb": round(standing - before, 1),
                 "baseline_mb": round(before, 1),
-                "parameters_mb": round(problem.parameters() * 4 / 1e6, 1),
                 "how": how,
             }
         )
