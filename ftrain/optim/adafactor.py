@@ -20,7 +20,7 @@ __all__ = ["AdafactorState", "adafactor"]
 
 
 class AdafactorState(NamedTuple):
-    """`count`: int64 (), updates made; `lr`: float64 (), that of the last one.
+    """`count`: int64 (), updates made; `lr`: float32 (), that of the last one.
 
     `row_var`, `col_var`: for each parameter of shape (..., m, n), by path, the second moment's means (..., m, 1) and (..., 1, n);
     `variance`: for each parameter with fewer than two dimensions, by path, its second moment.

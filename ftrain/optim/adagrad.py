@@ -17,7 +17,7 @@ __all__ = ["AdagradState", "adagrad"]
 
 
 class AdagradState(NamedTuple):
-    """`count`: int64 (), updates made; `lr`: float64 (), that of the last one; `sum_of_squares`: like the parameters."""
+    """`count`: int64 (), updates made; `lr`: float32 (), that of the last one; `sum_of_squares`: like the parameters."""
 
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, as in optax
     lr: Tensor

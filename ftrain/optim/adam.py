@@ -19,7 +19,7 @@ __all__ = ["AdamState", "adam", "adamw"]
 
 
 class AdamState(NamedTuple):
-    """`count`: int64 (), updates made; `lr`: float64 (), that of the last update; `mu`, `nu`: like the parameters.
+    """`count`: int64 (), updates made; `lr`: float32 (), that of the last update; `mu`, `nu`: like the parameters.
 
     `nu_max`: like the parameters with `amsgrad`, else `()`: no leaf at all, where None would be one to `torch.func.vmap`.
     """

@@ -18,7 +18,7 @@ __all__ = ["AdamaxState", "adamax"]
 
 
 class AdamaxState(NamedTuple):
-    """`count`: int64 (), updates made; `lr`: float64 (), that of the last one; `mu`, `nu` (the norm): like the parameters."""
+    """`count`: int64 (), updates made; `lr`: float32 (), that of the last one; `mu`, `nu` (the norm): like the parameters."""
 
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, as in optax
     lr: Tensor

@@ -18,7 +18,7 @@ __all__ = ["AsgdState", "asgd"]
 
 
 class AsgdState(NamedTuple):
-    """`count`: int64 (), updates made; `lr`: float64 (), that of the last one, after its decay; `ax`: like the parameters.
+    """`count`: int64 (), updates made; `lr`: float32 (), that of the last one, after its decay; `ax`: like the parameters.
 
     `ax` is the average of the parameters over the updates after `t0`: `state.opt.ax` is what one evaluates in the end.
     """

@@ -112,4 +112,10 @@ def select(flag: Tensor, new: Any, old: Any) -> Any:
     >>> ft.optim.select(torch.tensor(False), {"n": torch.tensor(2)}, {"n": torch.tensor(1)})
     {'n': tensor(1)}
     """
-    return tree.map(lambda a, b: a if a is b else torch.where(flag, a, b), new, old)
+
+    def one(a: Tensor, b: Tensor) -> Tensor:
+        # Leaves that an optimizer of torch keeps on the CPU stay there, whatever device the others are on.
+        own = flag if flag.device == a.device else flag.to(a.device)
+        return torch.where(own, a, b)
+
+    return tree.map(lambda a, b: a if a is b else one(a, b), new, old)

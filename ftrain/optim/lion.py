@@ -19,7 +19,7 @@ __all__ = ["LionState", "lion"]
 
 
 class LionState(NamedTuple):
-    """`count`: int64 (), updates made; `lr`: float64 (), that of the last one; `mu`: like the parameters."""
+    """`count`: int64 (), updates made; `lr`: float32 (), that of the last one; `mu`: like the parameters."""
 
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, as in optax
     lr: Tensor

@@ -25,7 +25,7 @@ AdjustLr = Literal["original", "match_rms_adamw"]
 
 
 class MuonState(NamedTuple):
-    """`count`: int64 (), updates made; `lr`: float64 (), that of the last one; `momentum`: like the matrices."""
+    """`count`: int64 (), updates made; `lr`: float32 (), that of the last one; `momentum`: like the matrices."""
 
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, as in optax
     lr: Tensor

@@ -18,7 +18,7 @@ __all__ = ["NadamState", "nadam"]
 
 
 class NadamState(NamedTuple):
-    """`count`: int64 (), updates made; `lr`: float64 (), that of the last one; `mu`, `nu`: like the parameters.
+    """`count`: int64 (), updates made; `lr`: float32 (), that of the last one; `mu`, `nu`: like the parameters.
 
     `mu_product`: float64 (), the product of the momentum factors so far.
     """

@@ -33,7 +33,7 @@ __all__ = [
 
 
 class LearningRateState(NamedTuple):
-    """`count`: int64 (), updates made; `lr`: float64 (), that of the last one."""
+    """`count`: int64 (), updates made; `lr`: float32 (), that of the last one."""
 
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, as in optax
     lr: Tensor
@@ -93,7 +93,7 @@ def scale_by_learning_rate(lr: float | Tensor | Schedule) -> Transform:
     >>> params = {"w": torch.ones(1)}
     >>> updates, state = tx.update({"w": torch.ones(1)}, tx.init(params), params)
     >>> updates, ft.optim.metrics(state)
-    ({'w': tensor([-0.5000])}, {'lr': tensor(0.5000, dtype=torch.float64)})
+    ({'w': tensor([-0.5000])}, {'lr': tensor(0.5000)})
     """
     nonnegative(lr=lr)
 

@@ -25,7 +25,7 @@ _CURVATURE = 1e-10  # a pair with a smaller y s is not kept: the matrix would no
 class LbfgsState(NamedTuple):
     """`n` is the number of all parameters' elements (a complex one counts twice), `m` the history's size.
 
-    `count`: int64 (), updates made; `lr`: float64 (), that of the last one; `iterations`, `pairs`: int64 (), all iterations, and all
+    `count`: int64 (), updates made; `lr`: float32 (), that of the last one; `iterations`, `pairs`: int64 (), all iterations, and all
     pairs that entered the history; `grad`, `direction`: (n,), at the last iteration; `length`: float64 (), of its step;
     `scale`: (), the first guess of the inverse Hessian; `changes`, `steps`: (m, n), of the gradient and of the parameters, newest at
     row `(pairs - 1) % m`; `inverse`: (m,), `1 / (y s)` of each pair.

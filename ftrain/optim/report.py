@@ -34,7 +34,7 @@ def metrics(opt: Any) -> dict[str, Tensor]:
     >>> params = {"w": torch.zeros(2)}
     >>> _, opt = tx.update({"w": torch.tensor([3.0, 4.0])}, tx.init(params), params)
     >>> ft.optim.metrics(opt)
-    {'grad_norm': tensor(5.), 'lr': tensor(0.5000, dtype=torch.float64)}
+    {'grad_norm': tensor(5.), 'lr': tensor(0.5000)}
     """
     found: dict[str, Tensor] = {}
     _visit(opt, "", frozenset(), found)
@@ -71,17 +71,20 @@ def _free(name: str, taken: dict[str, Tensor]) -> str:
 
 
 def lr_leaf(lr: float | Tensor | Schedule, count: Tensor) -> Tensor:
-    """The leaf in which an optimizer's state shows its learning rate, before the first update: float64 ().
+    """The leaf in which an optimizer's state shows its learning rate, before the first update: float32 ().
+
+    Not float64: dynamo (2.13) takes a 0-d float64 input on a CPU for a number, reads it at each call in a guard against NaN,
+    and would compile again when a norm becomes NaN.
 
     >>> import torch
     >>> from ftrain.optim.report import lr_leaf
     >>> lr_leaf(0.1, torch.tensor(0))
-    tensor(0.1000, dtype=torch.float64)
+    tensor(0.1000)
     """
     rate = value_at(lr, count)
     if isinstance(rate, Tensor):
-        return rate.detach().to(torch.float64, copy=True)
-    return torch.full((), rate, dtype=torch.float64, device=count.device)
+        return rate.detach().to(torch.float32, copy=True)
+    return torch.full((), rate, dtype=torch.float32, device=count.device)
 
 
 def lr_at(rate: float | Tensor, leaf: Tensor) -> Tensor:
@@ -89,9 +92,9 @@ def lr_at(rate: float | Tensor, leaf: Tensor) -> Tensor:
 
     >>> import torch
     >>> from ftrain.optim.report import lr_at
-    >>> lr_at(0.2, torch.tensor(0.1, dtype=torch.float64))
-    tensor(0.2000, dtype=torch.float64)
+    >>> lr_at(0.2, torch.tensor(0.1))
+    tensor(0.2000)
     """
     if isinstance(rate, Tensor):
-        return rate.to(torch.float64, copy=True)
+        return rate.to(torch.float32, copy=True)
     return torch.full_like(leaf, rate)

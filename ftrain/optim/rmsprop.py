@@ -18,7 +18,7 @@ __all__ = ["RmspropState", "rmsprop"]
 
 
 class RmspropState(NamedTuple):
-    """`count`: int64 (), updates made; `lr`: float64 (), that of the last one; `nu`: like the parameters.
+    """`count`: int64 (), updates made; `lr`: float32 (), that of the last one; `nu`: like the parameters.
 
     `mu` (the mean gradient, when centered) and `momentum`: like the parameters, or `()` without.
     """

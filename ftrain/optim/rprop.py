@@ -19,7 +19,7 @@ __all__ = ["RpropState", "rprop"]
 
 
 class RpropState(NamedTuple):
-    """`count`: int64 (), updates made; `lr`: float64 (), the first step size; `prev`, `step_size`: like the parameters.
+    """`count`: int64 (), updates made; `lr`: float32 (), the first step size; `prev`, `step_size`: like the parameters.
 
     `prev` is the gradient before, with zeros where the step was taken back.
     """

@@ -19,7 +19,7 @@ __all__ = ["SgdState", "sgd"]
 
 
 class SgdState(NamedTuple):
-    """`count`: int64 (), updates made; `lr`: float64 (), that of the last one; `momentum`: like the parameters, or `()`."""
+    """`count`: int64 (), updates made; `lr`: float32 (), that of the last one; `momentum`: like the parameters, or `()`."""
 
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, as in optax
     lr: Tensor

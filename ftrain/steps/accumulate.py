@@ -6,6 +6,7 @@ Laws
   and gradient of the whole batch, whatever the weights are (padding, tokens). A part of weight 0 counts for nothing.
 - Metrics are merged; buffers (batch-norm statistics) go from part to part in order.
 - Part i draws from the key `fold_in(rng, i)`.
+- A part begins when the one before it is done, under compile too: at no time do the activations of two parts exist.
 - One part is the function itself, bitwise.
 """
 
@@ -136,6 +137,8 @@ class Accumulated(GradWrapper):
         loss: Any = None
         merged: dict[str, Metric] = {}
         for i, part in enumerate(parts):
+            if i and torch.compiler.is_compiling():
+                part = _after(total, part)
             grads, own, (metrics, buffers) = self.inner(params, buffers, part, keys.fold_in(rng, i))
             weight = own.weight.detach()
             if i == 0:
@@ -162,6 +165,21 @@ def _added(total: Any, g: Any, weight: Any) -> Any:
 
 def _divided(total: Any, weight: Any) -> Any:
     return total / weight
+
+
+def _after(total: Params, part: Batch) -> Batch:
+    """The part itself, as values that a compiler cannot have before the sums.
+
+    A graph has no order but that of its data, and Inductor would run forward and backward of all parts first, where that saves it
+    a pass over the sums: with the activations of the whole batch, or one gradient of each part, in memory at a time (2.13). Here each
+    sum is computed into a buffer (`as_strided` asks for one), and the next part is chosen by what no compiler of graphs knows to
+    be false: that an element of a sum equals itself and does not.
+    """
+    if torch._C._functorch.maybe_current_level() is not None:
+        return part
+    first = [torch.as_strided(leaf, (1,), (1,)) for leaf in total.values() if leaf.numel()]
+    never = torch.cat([(one == one) & (one != one) for one in first]).any()
+    return tree.map(lambda leaf: torch.where(never, torch.zeros_like(leaf), leaf), part)
 
 
 def _wide(grads: Params) -> Params:

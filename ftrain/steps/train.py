@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,6 +16,7 @@ from ..metrics import Last, Mean, Metric
 from ..optim import Partition, apply_updates
 from ..optim import metrics as reports
 from ..optim.guard import select
+from ..optim.transform import takes_value_fn
 from ..optim.lists import inside_transform
 from ..precision import Policy, as_policy
 from ..state import TrainState, check_state, check_transform
@@ -395,11 +395,6 @@ def train_step(
     if policy is not None and policy.loss_scale:
         grad = with_loss_scale(grad)
     return make_step(grad, tx)
-
-
-def takes_value_fn(tx: Any) -> bool:
-    """Whether an optimizer evaluates the loss by itself (see `types.UpdateFn`)."""
-    return "value_fn" in inspect.signature(tx.update).parameters
 
 
 def _told(opt: Any, loss: Mean, group: str | None) -> dict[str, Metric]:
