@@ -25,8 +25,11 @@ MARK = "<!-- Below this line: written by `python -m tests.tables`, checked by te
 TORCH = "test_torch_optimizers.py::test_each_case_of_torchs_table"
 SCHEDULES = "test_schedules.py::test_the_numbers_of_torch_at_every_step"
 PROOFS: dict[str, str] = {
-    **{f"ft.optim.{name}": TORCH for name in "adadelta adafactor adagrad adam adamax adamw asgd muon nadam radam".split()},
-    **{f"ft.optim.{name}": TORCH for name in "rmsprop rprop sgd".split()},
+    **{
+        f"ft.optim.{name}": TORCH
+        for name in ["adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "asgd", "muon", "nadam", "radam"]
+    },
+    **{f"ft.optim.{name}": TORCH for name in ["rmsprop", "rprop", "sgd"]},
     **{f"ft.optim.{name}": "test_more_optimizers.py::test_parity_with_optax" for name in ("lamb", "lion")},
     "ft.optim.lbfgs": "test_lbfgs.py::test_parity_with_torch",
     "ft.optim.from_torch": "test_from_torch.py::test_every_optimizer_equals_its_own_loop",
@@ -42,7 +45,7 @@ PROOFS: dict[str, str] = {
     "ft.optim.skip_nonfinite": "test_algebra.py::test_a_run_with_bad_gradients_is_the_run_without_them",
     **{
         f"ft.optim.{name}": "test_algebra.py::test_a_piece_is_that_of_optax"
-        for name in "scale scale_by_learning_rate scale_by_schedule add_decayed_weights centralize".split()
+        for name in ["scale", "scale_by_learning_rate", "scale_by_schedule", "add_decayed_weights", "centralize"]
     },
     "ft.optim.add_noise": "test_algebra.py::test_the_noise_has_the_variance_of_optax_and_dies_out",
     "ft.optim.clip": "test_clip.py::test_values_are_clipped_as_in_torch",
@@ -67,7 +70,7 @@ PROOFS: dict[str, str] = {
     "ft.schedules.warmup_stable_decay": "test_schedules.py::test_decays_begin_at_the_peak_and_end_at_the_end",
     **{
         f"ft.schedules.{name}": "test_schedules.py::test_the_numbers_of_optax_at_every_step"
-        for name in "constant piecewise_constant piecewise_interpolate polynomial warmup_cosine join".split()
+        for name in ["constant", "piecewise_constant", "piecewise_interpolate", "polynomial", "warmup_cosine", "join"]
     },
     "ft.hooks.plateau": "test_hooks.py::test_the_rule_is_that_of_torch",
     "ft.hooks.nonfinite": "test_algebra.py::test_the_policy_raise_says_how_many",
@@ -116,7 +119,9 @@ def summary(value: Any) -> str:
     """The first sentence of a docstring; of a policy, its dtypes."""
     if isinstance(value, ft.Policy):
         names = [str(dtype).removeprefix("torch.") for dtype in (value.param, value.compute, value.output)]
-        more = [text for text, on in (("loss scale", value.loss_scale), ("linear layers in float8", value.float8)) if on]
+        more = [
+            text for text, on in (("loss scale", value.loss_scale), ("linear layers in float8", value.float8)) if on
+        ]
         return ", ".join([f"parameters {names[0]}, computed in {names[1]}, out in {names[2]}", *more])
     text = " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
     return re.split(r"(?<=\.)\s+(?=[A-Z])", text)[0].rstrip(".").replace("|", "\\|")

@@ -16,7 +16,13 @@ from .corpus import MODELS
 from .test_laws import bits
 from .test_parity import deterministic
 
-BATCHED = ["mlp", "gpt", "lstm", "frozen", "two_heads"]  # batch norm sees other statistics in a part: excepted by the law
+BATCHED = [
+    "mlp",
+    "gpt",
+    "lstm",
+    "frozen",
+    "two_heads",
+]  # batch norm sees other statistics in a part: excepted by the law
 
 
 def gradient(case: Any, model: nn.Module, **wrap: Any) -> Any:
@@ -189,9 +195,7 @@ def test_windows_train_as_large_batches_do(backend: str | None) -> None:
     case = MODELS["two_heads"]
     model, tx = case.model(torch.float64), ft.optim.adam(1e-2)
     small = case.batches(7, n=4, dtype=torch.float64)
-    large = [
-        {k: torch.cat([b[k] for b in group]) for k in group[0]} for group in (small[0:3], small[3:6], small[6:])
-    ]
+    large = [{k: torch.cat([b[k] for b in group]) for k in group[0]} for group in (small[0:3], small[3:6], small[6:])]
     step = ft.train_step(model, case.loss_fn, tx)
     kw: dict[str, Any] = {"progress": False, **({"compile": False} if backend is None else {"backend": backend})}
     one = ft.fit(ft.init(model, tx), step, ft.data.window(small, 3), epochs=2, **kw)
@@ -266,13 +270,17 @@ def test_tensors_that_cannot_be_cut() -> None:
     grad = ft.with_accumulation(ft.value_and_grad(ft.bind(model, lambda m, b: m(b["x"]).mean() * b["w"].sum())), 2)
     params = ft.init(model, ft.optim.sgd(0.1)).params
     batch = {"w": torch.ones(4), "x": torch.ones(6, 2)}
-    with pytest.raises(BatchError, match=r"differ in their number of rows\.\n  where: +batch\['x'\]\n.*4 rows, as batch\['w'\]"):
+    with pytest.raises(
+        BatchError, match=r"differ in their number of rows\.\n  where: +batch\['x'\]\n.*4 rows, as batch\['w'\]"
+    ):
         grad(params, {}, batch, ft.rng.key(0))
     with pytest.raises(BatchError, match="no samples that could be cut into 2"):
         grad(params, {}, {"w": torch.ones(())}, ft.rng.key(0))
     whole = ft.value_and_grad(ft.bind(model, lambda m, b: m(b["x"]).mean() * b["w"]))
     batch = {"w": torch.tensor(3.0), "x": torch.randn(6, 2)}  # what has no rows goes to every part
-    for one, two in itertools.pairwise([fn(params, {}, batch, ft.rng.key(0))[0] for fn in (whole, ft.with_accumulation(whole, 3))]):
+    for one, two in itertools.pairwise(
+        [fn(params, {}, batch, ft.rng.key(0))[0] for fn in (whole, ft.with_accumulation(whole, 3))]
+    ):
         torch.testing.assert_close(one, two)
 
 

@@ -56,9 +56,7 @@ def test_ema_is_torchs(model: str) -> None:
     case = MODELS[model]
 
     def averager(m: nn.Module) -> Any:
-        return swa_utils.AveragedModel(
-            m, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True
-        )
+        return swa_utils.AveragedModel(m, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True)
 
     _, state = with_average(case, lambda step: ft.with_ema(step, 0.9), 12)
     compare(state, "ema", by_hand(case, averager, 12)[1])
@@ -93,20 +91,21 @@ def test_update_bn_is_torchs() -> None:
 
 def test_warm_up_lets_the_beginning_go() -> None:
     case = MODELS["two_heads"]
-    expected, count = None, 0
+    expected = None
     model, tx = case.model(torch.float64), ft.optim.sgd(0.1)
     step = ft.with_ema(ft.train_step(model, case.loss_fn, tx), 0.999, warmup=True)
     state = step.init(ft.init(model, tx))
-    for batch in case.batches(6, dtype=torch.float64):
+    for count, batch in enumerate(case.batches(6, dtype=torch.float64)):
         state, _ = step(state, batch)
         p = state.params["one.weight"]
         d = min(0.999, (1 + count) / (10 + count))
         expected = p if expected is None else d * expected + (1 - d) * p
-        count += 1
     torch.testing.assert_close(state.extra["ema"].params["one.weight"], expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("wrap", [lambda s: ft.with_ema(s, 0.9, every=2), lambda s: ft.with_swa(s, start=2)], ids=["ema", "swa"])
+@pytest.mark.parametrize(
+    "wrap", [lambda s: ft.with_ema(s, 0.9, every=2), lambda s: ft.with_swa(s, start=2)], ids=["ema", "swa"]
+)
 def test_the_step_inside_is_bitwise_the_step(wrap: Any) -> None:
     case = MODELS["mlp"]
     model, tx = case.model(), ft.optim.adam(1e-2)
@@ -136,10 +135,12 @@ def test_laws_of_an_averaged_step(model: str) -> None:
 
 def test_evaluation_takes_the_average_by_name() -> None:
     case = MODELS["conv_bn"]
-    step, state = with_average(case, lambda step: ft.with_ema(step, 0.9), 6)
+    _step, state = with_average(case, lambda step: ft.with_ema(step, 0.9), 6)
     model = case.model(torch.float64)
     own, average = (
-        ft.evaluate(state, ft.eval_step(model, _metrics, params=params), case.batches(2, dtype=torch.float64), compile=False)
+        ft.evaluate(
+            state, ft.eval_step(model, _metrics, params=params), case.batches(2, dtype=torch.float64), compile=False
+        )
         for params in (None, "ema")
     )
     module = ft.to_module(model, state, params="ema").eval()
@@ -147,7 +148,14 @@ def test_evaluation_takes_the_average_by_name() -> None:
         logits = [module(batch["x"]) for batch in case.batches(2, dtype=torch.float64)]
     assert average["mean"] == pytest.approx(float(torch.cat(logits).mean()), rel=1e-12)
     assert own["mean"] != average["mean"]
-    outputs = list(ft.predict(state, ft.predict_step(model, lambda m, b: m(b["x"]), params="ema"), case.batches(2, dtype=torch.float64), compile=False))
+    outputs = list(
+        ft.predict(
+            state,
+            ft.predict_step(model, lambda m, b: m(b["x"]), params="ema"),
+            case.batches(2, dtype=torch.float64),
+            compile=False,
+        )
+    )
     torch.testing.assert_close(torch.cat(outputs), torch.cat(logits))
 
 
@@ -174,7 +182,9 @@ def test_half_precision_is_averaged_in_float32() -> None:
     state = step.init(ft.init(model, tx, precision="bf16-true"))
     assert state.extra["ema"].params["weight"].dtype == torch.float32
     new, _ = step(state, torch.ones(2, 1))
-    found = ft.eval_step(model, lambda m, b: {"w": m.weight.sum()}, params="ema", precision="bf16-true")(new, torch.ones(2, 1))
+    found = ft.eval_step(model, lambda m, b: {"w": m.weight.sum()}, params="ema", precision="bf16-true")(
+        new, torch.ones(2, 1)
+    )
     assert found["w"].compute().dtype == torch.float32
 
 
@@ -195,7 +205,7 @@ def test_a_step_without_init_and_a_hand_written_one_can_be_averaged() -> None:
 
 def test_names_of_averages_that_are_not_there() -> None:
     case = MODELS["mlp"]
-    step, state = with_average(case, lambda step: ft.with_ema(step, 0.9, name="slow"), 1)
+    _step, state = with_average(case, lambda step: ft.with_ema(step, 0.9, name="slow"), 1)
     model = case.model(torch.float64)
     text = r"the state has no averaged parameters 'ema'\.\n  expected: one of: slow"
     for call in (
@@ -219,7 +229,9 @@ def test_a_state_without_the_average() -> None:
 def test_a_compiled_step_cannot_be_wrapped() -> None:
     model, tx = nn.Linear(2, 1), ft.optim.sgd(0.1)
     fast = ft.compile(ft.train_step(model, lambda m, b: m(b).mean(), tx), backend="eager")
-    with pytest.raises(StateError, match=r"ft\.with_ema wants a step that is not compiled(.|\n)*ft\.compile\(ft\.with_ema"):
+    with pytest.raises(
+        StateError, match=r"ft\.with_ema wants a step that is not compiled(.|\n)*ft\.compile\(ft\.with_ema"
+    ):
         ft.with_ema(fast)
 
 

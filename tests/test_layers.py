@@ -32,7 +32,13 @@ GROUND, EDGES = LAYERS[0], LAYERS[-1]  # these two import their peers as well, a
 LAYER_OF = {unit: number for number, layer in enumerate(LAYERS) for unit in layer}
 
 # Third-party packages that live in one place, so that they can be exchanged there.
-CONFINED = {"orbax": "checkpoint/", "jax": "checkpoint/", "jaxlib": "checkpoint/", "wandb": "sinks/wandb.py", "torchao": "steps/float8.py"}
+CONFINED = {
+    "orbax": "checkpoint/",
+    "jax": "checkpoint/",
+    "jaxlib": "checkpoint/",
+    "wandb": "sinks/wandb.py",
+    "torchao": "steps/float8.py",
+}
 
 # Imported inside the functions that use them, so that `import ftrain` is light.
 NEVER_AT_TOP_LEVEL = {"rich", "matplotlib", "IPython", "torchao"}
@@ -45,7 +51,7 @@ SYNC_FREE = ("loops/", "sinks/", *(f"{unit}/" for unit in EDGES))  # at log poin
 # Files of the other units with a marked sync, and what they read.
 SYNC_FILES = {
     "state.py": "the counters, where the host has no copy of them yet",
-    "optim/from_torch.py": "hyper-parameters of an optimizer of torch, on the CPU unless the user put them elsewhere",
+    "optim/torch_adapter.py": "hyper-parameters of an optimizer of torch, on the CPU unless the user put them elsewhere",
     "optim/kept.py": "numbers that an optimizer of torch keeps, on the CPU",
 }
 
@@ -53,7 +59,7 @@ NOT_IN_PLACE = {"requires_grad_"}  # changes what is recorded, not the values
 # Files other than steps/compile.py with a marked mutation, and what they write to.
 MUTATES_FILES: dict[str, str] = {
     "steps/donation.py": "donation outside of a graph: the eager rungs",
-    "optim/quasi_newton.py": "a copy of L-BFGS's history, made once for an update",
+    "optim/rules/quasi_newton.py": "a copy of L-BFGS's history, made once for an update",
 }
 
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

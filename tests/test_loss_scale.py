@@ -90,7 +90,8 @@ def test_steps_that_are_skipped_are_as_if_their_batches_were_not_there() -> None
     dirty = planted(case, 12, BAD, torch.float32)
     clean = [batch for number, batch in enumerate(dirty) if number not in BAD]
     ends = [
-        ft.fit(step.init(ft.init(model, tx)), step, data, progress=False, compile=False).state for data in (dirty, clean)
+        ft.fit(step.init(ft.init(model, tx)), step, data, progress=False, compile=False).state
+        for data in (dirty, clean)
     ]
     # a scale is a power of two, so scaling itself rounds nothing
     assert bits((ends[0].params, ends[0].opt)) == bits((ends[1].params, ends[1].opt))
@@ -206,7 +207,13 @@ def test_a_gradient_by_hand_that_does_not_scale() -> None:
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("init_scale", 0.0), ("growth_factor", 0.5), ("backoff_factor", 1.5), ("backoff_factor", 0.0), ("growth_interval", 0)],
+    [
+        ("init_scale", 0.0),
+        ("growth_factor", 0.5),
+        ("backoff_factor", 1.5),
+        ("backoff_factor", 0.0),
+        ("growth_interval", 0),
+    ],
 )
 def test_factors_that_make_no_sense(argument: str, value: float) -> None:
     with pytest.raises(LimitError, match=rf"with_loss_scale: {argument} makes no sense\.(.|\n)*got: +{value}"):

@@ -127,7 +127,9 @@ def test_a_policy_of_ones_own() -> None:
 def test_a_loss_in_half_precision_is_weighted_in_float32() -> None:
     model = nn.Linear(1, 1, bias=False).bfloat16()
     loss = ft.bind(model, lambda m, b: (m(b) * 0 + 1.0078125).mean())
-    value, _ = loss(ft.init(model, ft.optim.sgd(0.1)).params, {}, torch.ones(257, 1, dtype=torch.bfloat16), ft.rng.key(0))
+    value, _ = loss(
+        ft.init(model, ft.optim.sgd(0.1)).params, {}, torch.ones(257, 1, dtype=torch.bfloat16), ft.rng.key(0)
+    )
     assert value.total.dtype == torch.float32
     assert float(value.total) == 257 * 1.0078125
 
@@ -174,7 +176,9 @@ def test_emulated_float8_trains_nearly_as_float32(precision: str | None, backend
     assert float(n["loss"].compute()) < 0.9 * first
     assert backend is None or (step.rung, step.compiles) == ("step", 1)
     tree.check_same(start, one, root="state", what="the step changed the form of the state.")
-    assert [type(m) for m in model] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear], "the user's model was changed"
+    assert [type(m) for m in model] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear], (
+        "the user's model was changed"
+    )
 
 
 def test_float8_takes_the_layers_that_are_chosen() -> None:
@@ -197,7 +201,9 @@ def test_float8_says_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tx = wide(), ft.optim.sgd(0.1)
     step = ft.train_step(model, squares, tx, precision="fp8-mixed")
     for run in (step, ft.compile(step, backend="eager", donate=False)):
-        with pytest.raises(DeviceError, match=r"float8 is not supported on this device(.|\n)*fix: +precision=\"bf16-mixed\""):
+        with pytest.raises(
+            DeviceError, match=r"float8 is not supported on this device(.|\n)*fix: +precision=\"bf16-mixed\""
+        ):
             run(ft.init(model, tx), torch.ones(16, 16))
     with pytest.raises(ModelError, match=r"no linear layer is chosen(.|\n)*multiples of 16(.|\n)*\(3, 5\)"):
         ft.with_float8(ft.bind(nn.Linear(5, 3), squares))
@@ -213,7 +219,9 @@ def test_float8_says_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- bad input ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "near"), [("bf16-mxed", "bf16-mixed"), ("fp32-true", "32-true"), ("16mixed", "16-mixed")])
+@pytest.mark.parametrize(
+    ("name", "near"), [("bf16-mxed", "bf16-mixed"), ("fp32-true", "32-true"), ("16mixed", "16-mixed")]
+)
 def test_an_unknown_precision_suggests_the_nearest(name: str, near: str) -> None:
     model, tx = nn.Linear(1, 1), ft.optim.sgd(0.1)
     text = rf"there is no precision '{name}'\.\n  expected: 32-true, (.|\n)*fix: +precision='{near}'"
@@ -250,7 +258,9 @@ def test_a_state_in_another_precision_than_the_step() -> None:
         step(ft.init(model, tx), torch.ones(2, 1))
 
 
-@pytest.mark.parametrize("kw", [{"param": torch.int64}, {"compute": "bf16"}, {"param": torch.bfloat16}, {"compute": torch.float64}])
+@pytest.mark.parametrize(
+    "kw", [{"param": torch.int64}, {"compute": "bf16"}, {"param": torch.bfloat16}, {"compute": torch.float64}]
+)
 def test_policies_that_make_no_sense(kw: Any) -> None:
     with pytest.raises(PrecisionError, match=r"Policy: .*(no floating dtype|not a mixed precision)"):
         ft.Policy(**kw)

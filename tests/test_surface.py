@@ -12,19 +12,18 @@ DOOR = """
 CompiledStep Evaluator Event History Hook Outcome Policy Record Result Tick TrainState Transform __version__ as_step at bind
 compile data errors eval_step evaluate every fit hooks init loop loops make_step make_update metrics on optim predict
 predict_step rng schedules sinks testing to_module train_step tree types until update_bn value_and_grad with_accumulation
-with_ema with_float8
-with_grad_stats with_loss_scale with_precision with_remat with_sam with_swa
+with_ema with_float8 with_grad_stats with_loss_scale with_precision with_remat with_sam with_swa
 """
 INSIDE = {
     "ftrain.data": "Epochs Window Windows as_epochs close_iterator to_device window",
-    "ftrain.optim": "AdadeltaState AdagradState AdamaxState AsgdState NadamState RadamState RmspropState RpropState adadelta adagrad "
-    "adamax asgd nadam radam rmsprop rprop AdamState Injected SgdState adam adamw apply_updates chain clip_by_global_norm global_norm identity inject "
-    "schedules sgd "
-    "AdafactorState adafactor TorchState from_torch LambState lamb LbfgsState lbfgs LionState lion MuonState muon "
-    "Partition no_bias_or_norm partition SkipState all_finite select skip_nonfinite ConditionState conditionally_mask freeze masked "
-    "set_to_zero LearningRateState NoiseState CountState add_decayed_weights add_noise centralize scale scale_by_learning_rate "
-    "scale_by_schedule ClipState adaptive_grad_clip clip clip_by_norm MasterState RoundingState master_weights stochastic_rounding "
-    "make optimizers",
+    "ftrain.optim": "AdadeltaState AdafactorState AdagradState AdamState AdamaxState AsgdState ClipState ConditionState "
+    "CountState Injected LambState LbfgsState LearningRateState LionState MasterState MuonState NadamState "
+    "NoiseState Partition RadamState RmspropState RoundingState RpropState SgdState SkipState TorchState "
+    "adadelta adafactor adagrad adam adamax adamw adaptive_grad_clip add_decayed_weights add_noise all_finite "
+    "apply_updates asgd centralize chain clip clip_by_global_norm clip_by_norm conditionally_mask freeze "
+    "from_torch global_norm identity inject lamb lbfgs lion make masked master_weights metrics muon nadam "
+    "no_bias_or_norm optimizers partition radam rmsprop rprop scale scale_by_learning_rate scale_by_schedule "
+    "schedules select set_to_zero sgd skip_nonfinite stochastic_rounding",
     "ftrain.loops.hooks": "nonfinite plateau",
     "ftrain.optim.schedules": "ScheduleFn constant cosine cosine_restarts cyclic exponential from_torch inverse_sqrt join linear "
     "multi_step one_cycle piecewise_constant piecewise_interpolate polynomial step warmup warmup_cosine warmup_stable_decay",

@@ -230,7 +230,9 @@ def test_rematerialisation_by_inductor() -> None:
 @pytest.mark.parametrize(("pattern", "near"), [("block.*", "blocks"), (["blocks.*", "hed"], "head")])
 def test_a_pattern_without_a_module(pattern: Any, near: str) -> None:
     model = Gpt()
-    with pytest.raises(ModelError, match=rf"matches no module\.\n  expected: a pattern for some of(.|\n)*fix: .*\"{near}"):
+    with pytest.raises(
+        ModelError, match=rf"matches no module\.\n  expected: a pattern for some of(.|\n)*fix: .*\"{near}"
+    ):
         ft.train_step(model, _language, ft.optim.sgd(0.1), remat=pattern)
 
 
@@ -305,7 +307,9 @@ def test_what_the_optimizer_reports_is_among_the_metrics() -> None:
     schedule = ft.schedules.warmup_cosine(1e-2, 2, 10)
     tx = ft.optim.chain(
         ft.optim.clip_by_global_norm(0.5),
-        ft.optim.partition({"trunk.*": "trunk", "*": "heads"}, {"trunk": ft.optim.adamw(schedule), "heads": ft.optim.sgd(0.5)}),
+        ft.optim.partition(
+            {"trunk.*": "trunk", "*": "heads"}, {"trunk": ft.optim.adamw(schedule), "heads": ft.optim.sgd(0.5)}
+        ),
     )
     step = ft.train_step(model, case.loss_fn, tx)
     grad = ft.value_and_grad(ft.bind(model, case.loss_fn))

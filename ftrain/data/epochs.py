@@ -220,8 +220,8 @@ def _arrays(data: Any, batch_size: int, seed: int, shuffle: bool, what: str) -> 
     def make(epoch: int) -> Iterator[Any]:
         return _slices(arrays, n, batch_size, _order(n, seed, epoch) if shuffle else None)
 
-    sizes = {min(batch_size, n), n % batch_size} - {0}
-    return Epochs(make, -(-n // batch_size), sizes=tuple(sorted(sizes, reverse=True)))
+    rows = {min(batch_size, n), n % batch_size} - {0}
+    return Epochs(make, -(-n // batch_size), sizes=tuple(sorted(rows, reverse=True)))
 
 
 def _tensor(leaf: Any) -> Tensor:

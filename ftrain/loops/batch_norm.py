@@ -56,7 +56,7 @@ def update_bn(
     tensor([2.])
     """
     check_state(state, "ft.update_bn")
-    call = (lambda model, batch: model(batch)) if fn is None else fn
+    call: Callable[..., Any] = (lambda model, batch: model(batch)) if fn is None else fn
     wants_rng = takes_rng(call, 2, "fn", "fn(model, batch) or fn(model, batch, rng)")
     check_closure(model, call, "fn")
     skeleton = Skeleton(model, train=True)

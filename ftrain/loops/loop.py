@@ -179,7 +179,7 @@ def ready(state: TrainState, step: Any, data: Any, source: Epochs) -> TrainState
         for n in known or ():
             check(n)
     init = getattr(inner, "init", None)
-    return state if init is None else init(state)  # type: ignore[no-any-return]  # Stepped.init
+    return state if init is None else init(state)
 
 
 def _give(tick: Tick) -> Generator[Tick, TrainState | None, TrainState]:

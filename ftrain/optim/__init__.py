@@ -1,75 +1,8 @@
-"""Optimizers as pure transforms, schedules, clipping. A new one is one file of pure functions and one row of the test corpus."""
+"""Optimizers as pure transforms, schedules, clipping. A new one is one file in `rules/` and one row of the test corpus.
 
-from . import schedules as schedules
-from .adadelta import AdadeltaState as AdadeltaState
-from .adadelta import adadelta as adadelta
-from .adafactor import AdafactorState as AdafactorState
-from .adafactor import adafactor as adafactor
-from .adagrad import AdagradState as AdagradState
-from .adagrad import adagrad as adagrad
-from .adam import AdamState as AdamState
-from .adam import adam as adam
-from .adam import adamw as adamw
-from .adamax import AdamaxState as AdamaxState
-from .adamax import adamax as adamax
-from .asgd import AsgdState as AsgdState
-from .asgd import asgd as asgd
-from .clip import ClipState as ClipState
-from .clip import adaptive_grad_clip as adaptive_grad_clip
-from .clip import clip as clip
-from .clip import clip_by_global_norm as clip_by_global_norm
-from .clip import clip_by_norm as clip_by_norm
-from .clip import global_norm as global_norm
-from .from_torch import TorchState as TorchState
-from .from_torch import from_torch as from_torch
-from .guard import SkipState as SkipState
-from .guard import all_finite as all_finite
-from .guard import select as select
-from .guard import skip_nonfinite as skip_nonfinite
-from .half import MasterState as MasterState
-from .half import RoundingState as RoundingState
-from .half import master_weights as master_weights
-from .half import stochastic_rounding as stochastic_rounding
-from .inject import Injected as Injected
-from .inject import inject as inject
-from .lamb import LambState as LambState
-from .lamb import lamb as lamb
-from .lbfgs import LbfgsState as LbfgsState
-from .lbfgs import lbfgs as lbfgs
-from .lion import LionState as LionState
-from .lion import lion as lion
-from .masked import ConditionState as ConditionState
-from .masked import conditionally_mask as conditionally_mask
-from .masked import freeze as freeze
-from .masked import masked as masked
-from .masked import set_to_zero as set_to_zero
-from .masks import no_bias_or_norm as no_bias_or_norm
-from .muon import MuonState as MuonState
-from .muon import muon as muon
-from .nadam import NadamState as NadamState
-from .nadam import nadam as nadam
-from .names import make as make
-from .names import optimizers as optimizers
-from .partition import Partition as Partition
-from .partition import partition as partition
-from .pieces import LearningRateState as LearningRateState
-from .pieces import NoiseState as NoiseState
-from .pieces import add_decayed_weights as add_decayed_weights
-from .pieces import add_noise as add_noise
-from .pieces import centralize as centralize
-from .pieces import scale as scale
-from .pieces import scale_by_learning_rate as scale_by_learning_rate
-from .pieces import scale_by_schedule as scale_by_schedule
-from .radam import RadamState as RadamState
-from .radam import radam as radam
-from .report import metrics as metrics
-from .rmsprop import RmspropState as RmspropState
-from .rmsprop import rmsprop as rmsprop
-from .rprop import RpropState as RpropState
-from .rprop import rprop as rprop
-from .sgd import SgdState as SgdState
-from .sgd import sgd as sgd
-from .transform import CountState as CountState
-from .transform import apply_updates as apply_updates
-from .transform import chain as chain
-from .transform import identity as identity
+The names are in `__init__.pyi`; each is imported when touched, so no module here is called like a function.
+"""
+
+import lazy_loader as _lazy
+
+__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)

@@ -239,6 +239,6 @@ def _cannot_keep(kind: str, where: str, value: Any) -> ModelError:
             where=where,
             expected="a tensor, a number, None, or lists, tuples and dicts of those",
             got=tree.describe(value),
-            fix="write it as a transform: ft.optim.Transform(init, update), as in ftrain/optim/sgd.py",
+            fix="write it as a transform: ft.optim.Transform(init, update), as in ftrain/optim/rules/sgd.py",
         )
     )

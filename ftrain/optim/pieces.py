@@ -14,10 +14,10 @@ from torch import Tensor
 from .. import rng, tree
 from ..errors import LimitError, explain
 from ..types import Schedule, Transform
-from .gradient import is_zero
 from .lists import over
 from .masks import Mask, put, resolve, take
 from .report import lr_at, lr_leaf
+from .rules.gradient import is_zero
 from .transform import CountState, new_count, nonnegative, value_at
 
 __all__ = [

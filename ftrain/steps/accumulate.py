@@ -77,7 +77,7 @@ def uneven_text(n: int, k: int) -> str:
 
 def _rows(batch: Batch, k: int) -> int:
     leaves = tree.leaves(batch)
-    n = next((leaf.shape[0] for leaf in leaves if leaf.ndim > 0), None)
+    n: int | None = next((leaf.shape[0] for leaf in leaves if leaf.ndim > 0), None)
     if n is None:
         raise BatchError(
             explain(

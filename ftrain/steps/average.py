@@ -50,7 +50,7 @@ class Averaged(Stepped):
         super().__init__(step, ())
         self.step = step
         self.weight, self.start, self.every, self.buffers, self.name = weight, start, every, buffers, name
-        self.advances = bool(getattr(step, "advances", False))  # type: ignore[misc]  # as the step inside does
+        self.advances = bool(getattr(step, "advances", False))  # as the step inside does
 
     def __repr__(self) -> str:
         return f"with_average({self.step!r}, name={self.name!r})"
@@ -150,7 +150,9 @@ def with_ema(
     """
     nonnegative(decay=decay)
     if isinstance(decay, (int, float)) and decay > 1:
-        raise LimitError(explain(f"with_ema: decay={decay!r} is above 1.", expected="between 0 and 1", fix="decay=0.999"))
+        raise LimitError(
+            explain(f"with_ema: decay={decay!r} is above 1.", expected="between 0 and 1", fix="decay=0.999")
+        )
 
     def weight(n: Tensor) -> Tensor:
         d = value_at(decay, n)
@@ -159,7 +161,7 @@ def with_ema(
             d = torch.minimum(ramp, d) if isinstance(d, Tensor) else ramp.clamp(max=d)
         return torch.as_tensor(1.0 - d, dtype=torch.float64, device=n.device)
 
-    return _make("with_ema", step, weight, start, every, buffers, name)
+    return _make("with_ema", step, weight, start=start, every=every, buffers=buffers, name=name)
 
 
 def with_swa(
@@ -197,10 +199,10 @@ def with_swa(
     >>> state.extra["swa"].params["weight"], state.extra["swa"].count
     (tensor([[0.7500]]), tensor(2))
     """
-    return _make("with_swa", step, lambda n: 1.0 / (n + 1.0), start, every, buffers, name)
+    return _make("with_swa", step, lambda n: 1.0 / (n + 1.0), start=start, every=every, buffers=buffers, name=name)
 
 
-def _make(what: str, step: Any, weight: Any, start: int, every: int, buffers: bool, name: str) -> Averaged:
+def _make(what: str, step: Any, weight: Any, *, start: int, every: int, buffers: bool, name: str) -> Averaged:
     if not callable(step) or hasattr(step, "rung"):
         raise StateError(
             explain(

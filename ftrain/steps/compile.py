@@ -180,7 +180,7 @@ class CompiledStep:
     def init(self, state: TrainState) -> TrainState:
         """The state with the sub-states that the step's wrappers need, as the step itself gives it."""
         own = getattr(self.step, "init", None)
-        return state if own is None else own(state)  # type: ignore[no-any-return]  # Stepped.init
+        return state if own is None else own(state)
 
     def __call__(self, state: TrainState, batch: Batch) -> Any:
         if torch.is_inference_mode_enabled():

@@ -160,8 +160,8 @@ def to_module(model: nn.Module, state: TrainState, *, params: str | None = None)
     (True, True)
     """
     check_state(state, "ft.to_module")
-    own, buffers = (state.params, state.buffers) if params is None else averaged(state, params, "ft.to_module")
-    leaves = {**own, **state.frozen, **buffers}
+    values, buffers = (state.params, state.buffers) if params is None else averaged(state, params, "ft.to_module")
+    leaves = {**values, **state.frozen, **buffers}
     named = dict(model.named_parameters())
     Skeleton(model, train=True).check({**state.params, **state.frozen}, state.buffers)
     memo: dict[int, Any] = {}

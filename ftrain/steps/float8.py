@@ -156,7 +156,7 @@ def _torchao(emulate: bool) -> tuple[Callable[..., nn.Module], Any]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """torchao tells at its import of kernels that this machine has no use for."""
+    """Torchao tells at its import of kernels that this machine has no use for."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -37,7 +37,7 @@ class SingleDevice:
             buffers = dict(buffers)
             scale = buffers.pop(LOSS_SCALE)
         if inside_transform():
-            return _transformed(loss_fn, params, buffers, batch, rng, scale)
+            return _transformed(loss_fn, (params, buffers, batch, rng), scale)
         leaves = {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in params.items()}
         # The scope stays open until the backward has finished: activation checkpointing runs the forward again in there, and
         # would otherwise read the parameters that the module had before.
@@ -117,9 +117,10 @@ def _mean(loss: Mean, scale: Tensor | None) -> Tensor:
 
 
 def _transformed(
-    loss_fn: LossFn, params: Params, buffers: Params, batch: Batch, rng: Tensor, scale: Tensor | None
+    loss_fn: LossFn, given: tuple[Params, Params, Batch, Tensor], scale: Tensor | None
 ) -> tuple[Params, Mean, tuple[dict[str, Metric], Params]]:
     """The same inside vmap, whose tensors cannot be made leaves: there `torch.func` differentiates."""
+    params, buffers, batch, rng = given
     structure: list[Any] = []
 
     def scalar(own: Params) -> tuple[Tensor, list[Tensor]]:

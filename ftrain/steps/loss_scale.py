@@ -46,7 +46,7 @@ class Scaled(GradWrapper):
     """Made by `with_loss_scale`."""
 
     def __init__(
-        self, grad_fn: GradFn, name: str, init_scale: float, growth: float, backoff: float, interval: int
+        self, grad_fn: GradFn, name: str, *, init_scale: float, growth: float, backoff: float, interval: int
     ) -> None:
         super().__init__(grad_fn)
         self.name = name
@@ -166,4 +166,11 @@ def with_loss_scale(
                     fix=f"{argument}={fix}",
                 )
             )
-    return Scaled(grad_fn, name, init_scale, growth_factor, backoff_factor, growth_interval)
+    return Scaled(
+        grad_fn,
+        name,
+        init_scale=init_scale,
+        growth=growth_factor,
+        backoff=backoff_factor,
+        interval=growth_interval,
+    )

@@ -9,10 +9,8 @@ import difflib
 import fnmatch
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import ModelError, explain
 from .bind import Bound
@@ -56,12 +54,14 @@ def with_remat(loss_fn: Bound, modules: Modules) -> Bound:
                 fix="ft.with_precision(ft.with_remat(ft.bind(model, loss_fn), modules), precision)",
             )
         )
+    from torch.utils.checkpoint import checkpoint  # 7 ms that most runs have no use for
+
     own = loss_fn.skeleton
     skeleton = Skeleton(own.module, train=own.module.training)
     skeleton.outer = own.outer
     for module in chosen_modules(skeleton.module, modules, "ft.with_remat"):
         # On the private copy: the user's module is never changed.
-        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
     return Bound(skeleton, loss_fn.loss_fn, loss_fn.wants_rng)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..optim.clip import global_norm
+from ..optim.clipping import global_norm
 from ..optim.lists import over
 from ..optim.transform import nonnegative
 from ..types import Batch, GradFn, Params

@@ -16,8 +16,8 @@ from ..metrics import Last, Mean, Metric
 from ..optim import Partition, apply_updates
 from ..optim import metrics as reports
 from ..optim.guard import select
-from ..optim.transform import takes_value_fn
 from ..optim.lists import inside_transform
+from ..optim.transform import takes_value_fn
 from ..precision import Policy, as_policy
 from ..state import TrainState, check_state, check_transform
 from ..types import Batch, GradFn, Metrics, Params, Transform
@@ -140,14 +140,17 @@ class Update:
         grads, loss, (metrics, new) = self.grad_fn(old, given, batch, key)
         finite = None
         for name in self.guards:
-            finite = new[name].finite if finite is None else finite & new[name].finite
+            guard: Any = new[name]
+            finite = guard.finite if finite is None else finite & guard.finite
         value_fn = self._value_fn(given, batch, key) if self._searches else None
-        if torch.compiler.is_compiling():  # where the leaves of the gradient came in from outside (see steps/compile.py)
+        if (
+            torch.compiler.is_compiling()
+        ):  # where the leaves of the gradient came in from outside (see steps/compile.py)
             old = constants(old)
         before = self._own(state.opt)
         run = region(self, self._apply, needed=False)
-        params, opt = run(grads, before, old, finite) if value_fn is None else self._apply(
-            grads, before, old, finite, value_fn
+        params, opt = (
+            run(grads, before, old, finite) if value_fn is None else self._apply(grads, before, old, finite, value_fn)
         )
         buffers = {name: new[name] for name in state.buffers}
         if finite is not None and buffers:
@@ -286,7 +289,9 @@ def as_step(fn: Callable[[TrainState, Batch], tuple[TrainState, Any]], *, uses: 
 
     >>> import torch, ftrain as ft
     >>> model, tx = torch.nn.Linear(2, 1), ft.optim.sgd(0.1)
-    >>> update = ft.make_update(ft.value_and_grad(ft.bind(model, lambda model, batch: model(batch).square().mean())), tx)
+    >>> update = ft.make_update(
+    ...     ft.value_and_grad(ft.bind(model, lambda model, batch: model(batch).square().mean())), tx
+    ... )
     >>> def twice(state, batch):
     ...     state, _ = update(state, batch)
     ...     return update(state, batch)

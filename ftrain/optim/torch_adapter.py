@@ -24,9 +24,9 @@ from .. import rng, tree
 from ..errors import FtrainError, ModelError, explain
 from ..types import Transform
 from .kept import Kept, read, snapshot, write
-from .lbfgs import lbfgs
 from .masks import check_patterns, matches, names
 from .opaque import no_value_fn, refuse_trace
+from .rules.lbfgs import lbfgs
 from .torch_refusals import cannot_run, changes_by_itself, check_class, needs_closure, refused
 from .transform import is_schedule
 
@@ -309,7 +309,7 @@ def _check_form(expected: Any, got: Any, kind: type, root: str) -> None:
         got,
         root=root,
         what=f"from_torch: {kind.__name__} changes the form of its state between two steps, but a transform's state has one form.",
-        fix="write it as a transform: ft.optim.Transform(init, update), as in ftrain/optim/sgd.py",
+        fix="write it as a transform: ft.optim.Transform(init, update), as in ftrain/optim/rules/sgd.py",
     )
 
 

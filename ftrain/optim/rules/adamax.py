@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import tree
-from ..types import Schedule, Transform
+from ... import tree
+from ...types import Schedule, Transform
+from ..lists import lerp, maximum, over
+from ..report import lr_at, lr_leaf
+from ..transform import new_count, nonnegative, value_at
 from .gradient import descent, fractions, is_zero, no_complex
-from .lists import lerp, maximum, over
-from .report import lr_at, lr_leaf
-from .transform import new_count, nonnegative, value_at
 
 __all__ = ["AdamaxState", "adamax"]
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import Schedule, Transform
+from ...types import Schedule, Transform
+from ..lists import over
+from ..report import lr_at, lr_leaf
+from ..transform import new_count, nonnegative, value_at
 from .gradient import at_the_start, descent, filled, is_zero, no_complex
-from .lists import over
-from .report import lr_at, lr_leaf
-from .transform import new_count, nonnegative, value_at
 
 __all__ = ["AdagradState", "adagrad"]
 

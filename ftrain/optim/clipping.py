@@ -50,7 +50,7 @@ def norm_dtype(params: Any) -> torch.dtype:
     """In what a norm over these leaves is kept: float64 where a leaf is, else float32.
 
     >>> import torch
-    >>> from ftrain.optim.clip import norm_dtype
+    >>> from ftrain.optim.clipping import norm_dtype
     >>> norm_dtype({"w": torch.ones(1, dtype=torch.bfloat16)})
     torch.float32
     """

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import tree
-from ..errors import LimitError, explain
-from ..types import Schedule, Transform
+from ... import tree
+from ...errors import LimitError, explain
+from ...types import Schedule, Transform
+from ..lists import over
+from ..report import lr_at, lr_leaf
+from ..transform import new_count, nonnegative, value_at
 from .gradient import descent, is_zero
-from .lists import over
-from .report import lr_at, lr_leaf
-from .transform import new_count, nonnegative, value_at
 
 __all__ = ["SgdState", "sgd"]
 

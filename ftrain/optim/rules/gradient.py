@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import tree
-from ..errors import LimitError, ModelError, explain
-from .transform import nonnegative
+from ... import tree
+from ...errors import LimitError, ModelError, explain
+from ..transform import nonnegative
 
 __all__ = ["at_the_start", "descent", "filled", "fractions", "is_zero", "no_complex"]
 
@@ -21,7 +21,7 @@ def is_zero(hyper: object) -> bool:
     """Whether a hyper-parameter is the plain number 0, so that its term can be left out.
 
     >>> import torch
-    >>> from ftrain.optim.gradient import is_zero
+    >>> from ftrain.optim.rules.gradient import is_zero
     >>> is_zero(0.0), is_zero(torch.tensor(0.0))
     (True, False)
     """
@@ -32,7 +32,7 @@ def descent(g: Any, p: Any, decay: Any, *, decays: bool, maximize: bool) -> Any:
     """The gradient of the penalised loss, `g + decay * p`, or `-g + decay * p` where the loss is to grow.
 
     >>> import torch
-    >>> from ftrain.optim.gradient import descent
+    >>> from ftrain.optim.rules.gradient import descent
     >>> descent(torch.ones(1), torch.ones(1), 0.5, decays=True, maximize=True)
     tensor([-0.5000])
     """
@@ -44,7 +44,7 @@ def filled(params: Any, value: float | Tensor) -> Any:
     """A tree like the parameters, full of one number.
 
     >>> import torch
-    >>> from ftrain.optim.gradient import filled
+    >>> from ftrain.optim.rules.gradient import filled
     >>> filled({"w": torch.ones(2)}, 0.5)
     {'w': tensor([0.5000, 0.5000])}
     """
@@ -55,7 +55,7 @@ def at_the_start(**hyper: Any) -> None:
     """Raise unless each hyper-parameter, which only `init` looks at, is a number of at least 0 or a 0-d tensor.
 
     >>> import ftrain as ft
-    >>> from ftrain.optim.gradient import at_the_start
+    >>> from ftrain.optim.rules.gradient import at_the_start
     >>> at_the_start(lr=ft.schedules.constant(0.1))
     Traceback (most recent call last):
     ftrain.errors.LimitError: lr=constant(0.1) cannot be a schedule.
@@ -81,7 +81,7 @@ def at_the_start(**hyper: Any) -> None:
 def fractions(**hyper: Any) -> None:
     """Raise unless each hyper-parameter that is a plain number lies in [0, 1).
 
-    >>> from ftrain.optim.gradient import fractions
+    >>> from ftrain.optim.rules.gradient import fractions
     >>> fractions(b1=1.0)
     Traceback (most recent call last):
     ftrain.errors.LimitError: b1=1.0 is not below 1.
@@ -107,7 +107,7 @@ def no_complex(what: str, params: Any) -> None:
     """Raise if a parameter is complex.
 
     >>> import torch
-    >>> from ftrain.optim.gradient import no_complex
+    >>> from ftrain.optim.rules.gradient import no_complex
     >>> no_complex("adam", {"w": torch.ones(1, dtype=torch.complex64)})
     Traceback (most recent call last):
     ftrain.errors.ModelError: adam: complex parameters are not supported.

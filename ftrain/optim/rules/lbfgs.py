@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import LimitError, explain
-from ..types import Schedule, Transform, ValueFn
-from .opaque import no_value_fn, refuse_trace
+from ...errors import LimitError, explain
+from ...types import Schedule, Transform, ValueFn
+from ..opaque import no_value_fn, refuse_trace
+from ..report import lr_at, lr_leaf
+from ..transform import new_count, nonnegative, value_at
 from .quasi_newton import LbfgsState, Run, Settings, flatten
-from .report import lr_at, lr_leaf
-from .transform import new_count, nonnegative, value_at
 
 __all__ = ["LbfgsState", "lbfgs"]
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import lbfgs as reference
 
-from .. import tree
-from ..errors import ModelError, explain
-from ..types import ValueFn
+from ... import tree
+from ...errors import ModelError, explain
+from ...types import ValueFn
 
 __all__ = ["LbfgsState", "Run", "Settings", "flatten"]
 

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import tree
-from ..errors import LimitError, explain
-from ..types import Schedule, Transform
+from ... import tree
+from ...errors import LimitError, explain
+from ...types import Schedule, Transform
+from ..lists import leafwise, lerp, over
+from ..masks import put, take
+from ..report import lr_at, lr_leaf
+from ..transform import new_count, nonnegative, value_at
 from .gradient import is_zero, no_complex
-from .lists import leafwise, lerp, over
-from .masks import put, take
-from .report import lr_at, lr_leaf
-from .transform import new_count, nonnegative, value_at
 
 __all__ = ["AdafactorState", "adafactor"]
 

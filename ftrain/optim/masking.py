@@ -65,7 +65,7 @@ def part_of(more: dict[str, Any], params: Any, chosen: list[bool]) -> dict[str, 
     """A `value_fn` for some of the leaves, made from one for all: the others stay where they are.
 
     >>> import torch
-    >>> from ftrain.optim.masked import part_of
+    >>> from ftrain.optim.masking import part_of
     >>> more = {"value_fn": lambda params: (params["a"] + params["b"], params)}
     >>> part_of(more, {"a": torch.ones(()), "b": torch.ones(())}, [False, True])["value_fn"]({"b": torch.zeros(())})
     (tensor(1.), {'b': tensor(0.)})

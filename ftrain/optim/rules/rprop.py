@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import tree
-from ..errors import LimitError, explain
-from ..types import Schedule, Transform
+from ... import tree
+from ...errors import LimitError, explain
+from ...types import Schedule, Transform
+from ..lists import maximum, minimum, over, where
+from ..report import lr_leaf
+from ..transform import new_count, nonnegative, value_at
 from .gradient import at_the_start, filled, no_complex
-from .lists import maximum, minimum, over, where
-from .report import lr_leaf
-from .transform import new_count, nonnegative, value_at
 
 __all__ = ["RpropState", "rprop"]
 

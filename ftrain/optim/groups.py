@@ -15,7 +15,7 @@ from typing import Any
 from .. import tree
 from ..errors import ModelError, explain
 from ..types import Transform
-from .masked import part_of
+from .masking import part_of
 from .masks import check_patterns, matches, names, nearest, put, some, take
 from .transform import forwarding, takes_value_fn
 

@@ -8,16 +8,16 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .. import tree
-from ..errors import LimitError, ModelError, explain
-from ..types import Schedule, Transform
+from ... import tree
+from ...errors import LimitError, ModelError, explain
+from ...types import Schedule, Transform
+from ..groups import Partition, partition
+from ..lists import leafwise, lerp, over
+from ..masks import Mask, no_bias_or_norm
+from ..report import lr_at, lr_leaf
+from ..transform import check_transforms, new_count, nonnegative, value_at
 from .adam import adamw
 from .gradient import fractions, is_zero, no_complex
-from .lists import leafwise, lerp, over
-from .masks import Mask, no_bias_or_norm
-from .partition import Partition, partition
-from .report import lr_at, lr_leaf
-from .transform import check_transforms, new_count, nonnegative, value_at
 
 __all__ = ["MuonState", "muon"]
 

@@ -1,0 +1,1 @@
+"""The optimizers: one file of pure functions each."""
