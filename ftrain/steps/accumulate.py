@@ -23,7 +23,7 @@ from ..data import Window
 from ..errors import BatchError, LimitError, explain
 from ..metrics import Mean, Metric
 from ..optim.lists import over
-from ..types import Batch, GradFn, Params
+from ..types import LOSS_SCALE, Batch, GradFn, Params
 from .wrap import GradWrapper
 
 __all__ = ["Accumulated", "split", "with_accumulation"]
@@ -133,13 +133,16 @@ class Accumulated(GradWrapper):
         parts = self.parts(batch)
         if len(parts) == 1:
             return self.inner(params, buffers, parts[0], rng)
+        scale = buffers.get(LOSS_SCALE)
         total: Params = {}
         loss: Any = None
         merged: dict[str, Metric] = {}
         for i, part in enumerate(parts):
             if i and torch.compiler.is_compiling():
                 part = _after(total, part)
-            grads, own, (metrics, buffers) = self.inner(params, buffers, part, keys.fold_in(rng, i))
+            # scale: each part's loss by the same number; the engine does not hand it back
+            given = buffers if scale is None else {**buffers, LOSS_SCALE: scale}
+            grads, own, (metrics, buffers) = self.inner(params, given, part, keys.fold_in(rng, i))
             weight = own.weight.detach()
             if i == 0:
                 # scale: each part's mean gradient times its weight ...
