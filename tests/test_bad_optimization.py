@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ftrain as ft
+from ftrain.errors import StructureError
 
 
 def mlp() -> nn.Module:
@@ -47,3 +48,25 @@ def test_a_loss_scale_around_accumulation_does_not_change_the_gradient(k: int, c
     run = ft.compile(step, donate=False, rung="step", backend="eager") if compiled else step
     scaled, _ = run(state, BATCH)
     assert moved(scaled.params, plain.params) < 1e-5 * moved(plain.params, state.params)
+
+
+# -- states that do not suit --------------------------------------------------------------------------------------------------
+
+
+def test_a_state_that_did_not_suit_does_not_spoil_the_step_for_the_next_one() -> None:
+    model, tx = mlp(), ft.optim.adamw(1e-3)
+    step = ft.train_step(model, cross_entropy, tx)
+    with pytest.raises(StructureError, match="does not belong to the model Sequential"):
+        step(ft.init(nn.Linear(4, 3), tx), BATCH)
+    assert step(ft.init(model, tx), BATCH)[0].counters().step == 1
+
+
+def test_one_step_serves_states_that_train_other_parameters() -> None:
+    model, tx = mlp(), ft.optim.adamw(1e-3)
+    step = ft.train_step(model, cross_entropy, tx)
+    some, everything = ft.init(model, tx, trainable="2.*"), ft.init(model, tx)
+    for state in (everything, some, everything):
+        new, _ = step(state, BATCH)
+        assert moved(new.params, state.params) > 0
+    with pytest.raises(StructureError, match=r"made with another optimizer(.|\n)*state\.opt"):
+        step(some.replace(opt=ft.optim.sgd(0.1, momentum=0.9).init(some.params)), BATCH)

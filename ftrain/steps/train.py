@@ -52,8 +52,7 @@ class Update:
         self.states: dict[str, Callable[[Params], Any]] = dict(getattr(grad_fn, "states", {}))
         self.guards: tuple[str, ...] = tuple(getattr(grad_fn, "guards", ()))
         self._searches = takes_value_fn(self.tx)
-        self._opt: Any = None  # an optimizer's state without memory, and its structure: known after the first call
-        self._structure: Any = None
+        self._structure: Any = None  # of the optimizer's state in the last call, which suited
 
     def __repr__(self) -> str:
         return f"make_update({self.grad_fn!r}, {'...' if self.only is None else f'only={self.only!r}'})"
@@ -68,19 +67,21 @@ class Update:
 
     def check(self, state: TrainState, batch: Batch | None = None) -> None:
         """Raise unless the state was made with this optimizer and has the wrappers' sub-states, and the batch can be cut."""
-        if self._opt is None:
-            chosen = self._chosen(state.params)
-            self._opt = self.tx.init({name: torch.empty_like(p, device="meta") for name, p in chosen.items()})
-            self._structure = tree.structure(self._opt)
         opt = self._own(state.opt)
         if tree.structure(opt) != self._structure:
-            tree.check_same(
-                self._opt,
-                opt,
-                root="state.opt" if self.only is None else f"state.opt[{self.only!r}]",
-                what="the state was made with another optimizer than the step.",
-                fix="state = ft.init(model, tx)   # with the tx that the step was made with",
-            )
+            # Which leaves a state trains is its own matter, so what is known from the one before may not hold for this one.
+            chosen = self._chosen(state.params)
+            expected = self.tx.init({name: torch.empty_like(p, device="meta") for name, p in chosen.items()})
+            structure = tree.structure(expected)
+            if tree.structure(opt) != structure:
+                tree.check_same(
+                    expected,
+                    opt,
+                    root="state.opt" if self.only is None else f"state.opt[{self.only!r}]",
+                    what="the state was made with another optimizer than the step.",
+                    fix="state = ft.init(model, tx)   # with the tx that the step was made with",
+                )
+            self._structure = structure
         for name in self.states:
             if name not in state.extra:
                 raise StateError(
