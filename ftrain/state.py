@@ -68,7 +68,7 @@ class TrainState:
     >>> state
     TrainState(step=0, epoch=0, samples=0, seed=0, on cpu)
       params   2 tensors, 8 numbers, 32 B (float32)
-      opt      2 tensors, 2 numbers, 16 B (float64, int64)
+      opt      2 tensors, 2 numbers, 12 B (float32, int64)
     >>> state.replace(step=state.step + 1).step
     tensor(1)
     """

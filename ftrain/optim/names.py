@@ -21,8 +21,9 @@ def optimizers() -> dict[str, Callable[..., Transform]]:
     >>> ft.optim.optimizers()["adamw"] is ft.optim.adamw
     True
     """
-    package = sys.modules[__package__]  # complete by the time that anybody calls this; an import here would be a circle
-    return {name: value for name, value in sorted(vars(package).items()) if _is_optimizer(name, value)}
+    package = sys.modules[__package__]  # an import here would be a circle
+    found = {name: getattr(package, name) for name in sorted(package.__all__)}
+    return {name: value for name, value in found.items() if _is_optimizer(name, value)}
 
 
 def make(name: str, **hyper: Any) -> Transform:

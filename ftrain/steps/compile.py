@@ -99,7 +99,7 @@ def compile(
     >>> new, fast.rung, fast.compiles
     (TrainState(step=1, epoch=0, samples=8, seed=0, on cpu)
       params   2 tensors, 3 numbers, 12 B (float32)
-      opt      2 tensors, 2 numbers, 16 B (float64, int64), 'step', 1)
+      opt      2 tensors, 2 numbers, 12 B (float32, int64), 'step', 1)
     >>> state.params  # doctest: +IGNORE_EXCEPTION_DETAIL
     Traceback (most recent call last):
     ftrain.errors.DonatedStateError: reading state.params of a state whose memory was given to a compiled step at step 0.
