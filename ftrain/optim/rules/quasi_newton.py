@@ -81,6 +81,7 @@ class Run:
 
     def state(self, count: Tensor, lr: Tensor) -> LbfgsState:
         """The state after the update."""
+        length = float(self.length)  # sync: the line search's result may be a tensor
         return LbfgsState(
             count,
             lr,
@@ -88,7 +89,7 @@ class Run:
             torch.full_like(count, self.pairs),
             self.grad,
             self.direction,
-            torch.full_like(lr, float(self.length)),  # sync: the line search's result may be a tensor
+            torch.full_like(count, length, dtype=torch.float64),
             self.scale,
             self.changes,
             self.steps,
