@@ -38,7 +38,7 @@ Values = dict[str, Any]
 class TorchState(NamedTuple):
     """State of an optimizer of torch.
 
-    `count`: int64 () on the CPU, updates made; `lr`: float32 () for each parameter group, by the name of its metric; `kept`: what
+    `count`: int64 () on the CPU, updates made; `lr`: float64 () for each parameter group, by the name of its metric; `kept`: what
     the optimizer keeps for its parameters, in its groups, and on itself.
     """
 
