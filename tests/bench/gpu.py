@@ -3,11 +3,14 @@
 Runs from the source tree on a machine without network; the core of ftrain needs torch, numpy, optree and lazy_loader there.
 
 - laws: the whole step is one graph, compiled equals eager, donation keeps the memory and gives the same values, dropout is a function of
-  (seed, step), the global generators stay as they were, two fits agree, a run compiles once and once more for a short batch.
+  (seed, step), the global generators stay as they were, two fits agree, a run compiles once and once more for a short batch;
+  accumulation, loss scale (float16), clipping and averages together are one graph and train as the loops written by hand, and the
+  loss scale goes as that of GradScaler.
 - sync: no step between two log points waits for the device. On CUDA 200 steps run under `set_sync_debug_mode("error")`; on a CPU
   (`--cpu`, which is there to try this script out) the profiler counts `aten::_local_scalar_dense`.
-- memory: peak of the allocator above what was allocated before the model existed, over steady steps of a 24 M MLP.
-- time: the contenders of run.py on the device.
+- memory: peak of the allocator above what was allocated before the model existed, over steady steps of a 24 M MLP, alone, with
+  clipping, averages and bf16-mixed, and with eight micro-batches.
+- time: the contenders of run.py on the device; the recipe in float16 too.
 
 Ends with status 1 where a law does not hold; times and memory are only shown.
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import importlib.util
 import os
@@ -81,11 +85,12 @@ def main() -> int:
         peaks = memory(device)
         if peaks:
             data["memory"] = peaks
-            tables.append(_memory_table(report, peaks))
-            bars.append(_memory_bar(report, peaks))
+            tables += _memory_tables(report, peaks)
+            bars += _memory_bars(report, peaks)
     if "time" in parts:
-        timed, data["time"] = timing(device, args.rounds, report)
+        timed, judged, data["time"] = timing(device, args.rounds, report)
         tables += timed
+        bars += judged
     if bars:
         tables.append(report.bars(bars))
     about["took"] = f"{time.perf_counter() - began:.0f} s"
@@ -290,7 +295,104 @@ def fits_agree(device: str) -> str:
     return f"{a.state.counters().step} steps, {fast.compiles} compilations"
 
 
+def _recipe(device: str, parts: int = 1, **scale: Any) -> tuple[Any, Any, Any]:
+    """A state, an eager step and batches: accumulation, loss scale (of float16 on a GPU), clipping, AdamW, averages."""
+    import cases
+    import optimization
+
+    import ftrain as ft
+
+    problem = optimization.parts_small(device)
+    model = problem.model()
+    loss: Any = ft.bind(model, cases.loss_fn)
+    if device == "cuda":  # a CPU has no float16; the scale works in any precision
+        loss = ft.with_precision(loss, "16-mixed")
+    grad = ft.with_loss_scale(ft.with_accumulation(ft.value_and_grad(loss), parts), **scale)
+    tx = ft.optim.chain(ft.optim.clip_by_global_norm(optimization.MAX_NORM), cases.ft_adamw())
+    step = ft.with_ema(ft.make_step(grad, tx), optimization.EMA)
+    return step.init(ft.init(model, tx, seed=0)), step, problem.batches
+
+
+def recipe_whole(device: str) -> str:
+    """Accumulation, loss scale, clipping and averages are one graph, and compiled equals eager."""
+    import ftrain as ft
+
+    state, step, batches = _recipe(device, 8)
+    fast = ft.compile(step)
+    a, b = _run(fast, state.copy(), batches, 10), _run(step, state, batches, 10)
+    assert fast.rung == "step", f"rung {fast.rung}: {fast.reason}"
+    assert fast.compiles == 1, f"{fast.compiles} compilations"
+    off = _apart(a, b, state)
+    allowed = 1e-3 if device == "cpu" else 0.1  # float16 rounds at other places in a fused kernel
+    assert off < allowed, f"differs by {off:.1e} of the update"
+    return f"rung {fast.rung}, differs by {off:.1e} of the update"
+
+
+def scales_agree(device: str) -> str:
+    """The loss scale is that of torch.amp.GradScaler, step by step, with overflows and growth."""
+    import cases
+    import optimization
+    import torch
+    import torch.nn.functional as F
+
+    state, step, batches = _recipe(device, init_scale=2.0**14, growth_interval=3)
+    problem = optimization.parts_small(device)
+    module = problem.model()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=cases.LR, eps=cases.EPS, weight_decay=cases.DECAY, fused=True)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**14, growth_interval=3)
+    half = torch.autocast(device, dtype=torch.float16, enabled=device == "cuda")
+    ours, theirs = [], []
+    for i in range(20):
+        batch = batches[i]
+        if i in (4, 5, 13):
+            batch = {**batch, "x": torch.full_like(batch["x"], float("inf"))}
+        before = state
+        state, _ = step(state, batch)
+        ours.append(float(state.extra["loss_scale"].scale))
+        if i in (4, 5, 13):
+            assert _same(before.params, state.params), f"step {i} overflowed and changed the parameters"
+            assert _same(before.opt, state.opt), f"step {i} overflowed and changed the optimizer's state"
+        optimizer.zero_grad()
+        with half:
+            loss = F.cross_entropy(module(batch["x"]), batch["y"])
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(module.parameters(), optimization.MAX_NORM)
+        scaler.step(optimizer)
+        scaler.update()
+        theirs.append(scaler.get_scale())
+    assert ours == theirs, f"{ours} and not {theirs}"
+    assert len(set(ours)) > 3, f"the scale did not move: {ours}"
+    return f"20 steps, 3 overflows, scales {min(ours):.0f} .. {max(ours):.0f}"
+
+
+def recipe_agrees(device: str) -> str:
+    """The recipe trains as the hand-written loop: autocast, clipping, AdamW, AveragedModel."""
+    import cases
+    import optimization
+
+    problem, said = cases.small(device), []
+    for precision in ("bf16-mixed",) if device == "cpu" else ("bf16-mixed", "16-mixed"):
+        found = [one for one in optimization.recipe_contenders(problem, 10, precision) if one.key != "hand_compiled"]
+        for one in found:
+            one.run(10)
+        said.append(f"{precision} {optimization.agree(found, problem, precision)}")
+    return "; ".join(said)
+
+
+def parts_agree(device: str) -> str:
+    """One call over eight micro-batches trains as eight micro-batches by hand, float32."""
+    import optimization
+
+    problem = optimization.parts_small(device)
+    found = [one for one in optimization.parts_contenders(problem, 10) if one.key != "hand_compiled"]
+    for one in found:
+        one.run(10)
+    return optimization.agree(found, problem)
+
+
 LAWS = [whole_step, equal_mlp, equal_cnn, kept, donated, dropout, fits_agree]
+LAWS += [recipe_whole, scales_agree, recipe_agrees, parts_agree]
 
 
 # ----------------------------------------------------------------------------------------------- no waiting for the device
@@ -389,6 +491,27 @@ def sync_recipe(device: str) -> str:
     return "200 steps"
 
 
+def sync_everything(device: str) -> str:
+    """No sync: eager step with accumulation, loss scale, clipping and averages, bare loop."""
+    state, step, batches = _recipe(device, 8)
+    state = _run(step, state, batches, 5)
+    with no_sync(device):
+        _run(step, state, batches, 200)
+    return "200 steps"
+
+
+def sync_everything_compiled(device: str) -> str:
+    """No sync: the same, compiled and donated."""
+    import ftrain as ft
+
+    state, step, batches = _recipe(device, 8)
+    fast = ft.compile(step)
+    state = _run(fast, state, batches, 5)
+    with no_sync(device):
+        _run(fast, state, batches, 200)
+    return f"200 steps, rung {fast.rung}"
+
+
 def _loop(device: str, batches: Callable[[list[Any]], list[Any]]) -> str:
     import ftrain as ft
 
@@ -453,6 +576,7 @@ def _default_mode(device: str) -> None:
 
 
 SYNC = [planted, sync_donated, sync_kept, sync_dropout, sync_eager, sync_recipe, sync_loop, sync_host, sync_fit]
+SYNC += [sync_everything, sync_everything_compiled]
 
 
 # --------------------------------------------------------------------------------------------------------- memory and time
@@ -461,17 +585,22 @@ SYNC = [planted, sync_donated, sync_kept, sync_dropout, sync_eager, sync_recipe,
 def memory(device: str) -> dict[str, dict[str, float]]:
     """Peaks in MB above what was allocated before, for steps 4 to 8; {} on a CPU (see memory.py)."""
     import cases
+    import optimization
     import torch
 
     if device == "cpu":
         print("memory: on a CPU it is measured by tests/bench/run.py", file=sys.stderr)
         return {}
-    problem = cases.large(device)
+    problem, windows = cases.large(device), optimization.parts_large(device)
     found = {}
     makers = {
         "hand": lambda: cases.hand_eager(problem),
         "donated": lambda: cases.ft_bare(problem),
         "kept": lambda: cases.ft_bare(problem, donate=False),
+        "recipe_hand": lambda: optimization.hand_recipe(problem),
+        "recipe_donated": lambda: optimization.ft_run(problem, optimization.recipe),
+        "parts_hand": lambda: optimization.hand_parts(windows),
+        "parts_donated": lambda: optimization.ft_run(windows, optimization.parts),
     }
     for kind, make in makers.items():
         print(f"memory: {kind}", file=sys.stderr, flush=True)
@@ -494,53 +623,89 @@ def memory(device: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def _memory_table(report: Any, peaks: dict[str, dict[str, float]]) -> Any:
-    labels = {"hand": "hand-written, fused AdamW", "donated": "ft.compile, donated", "kept": "ft.compile, not donated"}
-    rows = [
-        [
-            labels[kind],
-            f"{one['peak_mb']:.0f}",
-            f"{one['between_steps_mb']:.0f}",
-            f"{one['peak_mb'] / peaks['hand']['peak_mb']:.2f}",
-        ]
-        for kind, one in peaks.items()
-    ]
+def _memory_tables(report: Any, peaks: dict[str, dict[str, float]]) -> list[Any]:
+    import memory as on_cpu
+
     note = "Peak of CUDA's allocator over steady steps above what was allocated before the model was made, in MB."
-    return report.Table("24 M MLP, peak memory", note, ["", "peak", "between steps", "x hand-written"], rows)
+    groups = {
+        "24 M MLP, peak memory": on_cpu.KINDS,
+        "Recipe on the 24 M MLP (clip, EMA, bf16-mixed), peak memory": on_cpu.RECIPE,
+        "Accumulation x 8 on the 24 M MLP, peak memory": on_cpu.PARTS,
+    }
+    tables = []
+    for title, kinds in groups.items():
+        rows = [
+            [
+                on_cpu.LABELS[kind],
+                f"{peaks[kind]['peak_mb']:.0f}",
+                f"{peaks[kind]['between_steps_mb']:.0f}",
+                f"{peaks[kind]['peak_mb'] / peaks[kinds[0]]['peak_mb']:.2f}",
+            ]
+            for kind in kinds
+        ]
+        tables.append(report.Table(title, note, ["", "peak", "between steps", "x hand-written"], rows))
+    return tables
 
 
-def _memory_bar(report: Any, peaks: dict[str, dict[str, float]]) -> Any:
-    value = peaks["donated"]["peak_mb"] / peaks["hand"]["peak_mb"]
-    return report.Bar("24 M MLP: peak memory donated / hand-written", 0.85, report.Spread(value, value, value))
+def _memory_bars(report: Any, peaks: dict[str, dict[str, float]]) -> list[Any]:
+    found = []
+    for text, bound, over, under in (
+        ("24 M MLP: peak memory donated / hand-written", 0.85, "donated", "hand"),
+        ("24 M MLP, clip + EMA + bf16-mixed: peak memory / hand-written", 1.00, "recipe_donated", "recipe_hand"),
+    ):
+        value = peaks[over]["peak_mb"] / peaks[under]["peak_mb"]
+        found.append(report.Bar(text, bound, report.Spread(value, value, value)))
+    return found
 
 
-def timing(device: str, number: int, report: Any) -> tuple[list[Any], dict[str, Any]]:
-    """The tables, and the samples by problem."""
+def timing(device: str, number: int, report: Any) -> tuple[list[Any], list[Any], dict[str, Any]]:
+    """The tables, the bars, and the samples by problem."""
     import cases
+    import optimization
     import rounds
     import torch
 
-    def run(contenders: list[Any], count: int, warm: int) -> Any:
+    def run(contenders: list[Any], count: int, warm: int, agree: Callable[[], object]) -> Any:
         return rounds.measure(
             contenders,
             count,
             sync=torch.cuda.synchronize if device == "cuda" else lambda: None,
             tell=lambda text: print(f"time: {text}", file=sys.stderr, flush=True),
-            ready=lambda: cases.agree(contenders),
+            ready=agree,
             warm=warm,
         )
 
+    note = f"AdamW, float32, batches on the device, {number} rounds; the columns are those of cpu.md."
+    few, steps = max(number // 2, 3), 2 if device == "cpu" else 50
+    tables, bars, data = [], [], {}
     lightning = importlib.util.find_spec("lightning") is not None
     with tempfile.TemporaryDirectory(prefix="ftrain-bench-") as root, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        small = run(cases.small_contenders(cases.small(device), root if lightning else None, scale=2), number, 20)
-        large = run(cases.large_contenders(cases.large(device), 2 if device == "cpu" else 50), max(number // 2, 3), 1)
-    note = f"AdamW, float32, batches on the device, {number} rounds; the columns are those of cpu.md."
-    tables = [
-        report.times("Small MLP, time", f"32-32-32-10, ReLU, batch 16, {note}", small, "hand_eager"),
-        report.times("24 M MLP, time", f"Batch 32, {note}", large, "hand_eager"),
-    ]
-    return tables, {"small": report.samples(small), "large": report.samples(large)}
+        own = cases.small_contenders(cases.small(device), root if lightning else None, scale=2)
+        small = run(own, number, 20, lambda: cases.agree(own))
+        heavy = cases.large_contenders(cases.large(device), steps)
+        large = run(heavy, few, 1, lambda: cases.agree(heavy))
+        tables += [
+            report.times("Small MLP, time", f"32-32-32-10, ReLU, batch 16, {note}", small, "hand_eager"),
+            report.times("24 M MLP, time", f"Batch 32, {note}", large, "hand_eager"),
+        ]
+        data |= {"small": report.samples(small), "large": report.samples(large)}
+        more = []
+        for precision in ("bf16-mixed",) if device == "cpu" else ("bf16-mixed", "16-mixed"):
+            problem = cases.large(device)
+            made = optimization.recipe_contenders(problem, steps, precision)
+            more.append((f"24 M MLP, clip + EMA + {precision}", 1.10, problem, made, precision))
+        for problem in (optimization.parts_large(device), optimization.parts_small(device)):
+            made = optimization.parts_contenders(problem, max(steps // 2, 1))
+            more.append((f"{problem.name}, accumulation x 8", 1.05, problem, made, "32-true"))
+        for title, bound, problem, made, precision in more:
+            agree = functools.partial(optimization.agree, made, problem, precision)
+            found = run(made, few, 1, agree)
+            data[title] = report.samples(found)
+            tables.append(report.times(f"{title}, time", f"AdamW, {few} rounds.", found, "hand"))
+            wall = rounds.ratio(found["ft_donated"].step, found["hand"].step)
+            bars.append(report.Bar(f"{title}: ft.compile / hand-written", bound, wall))
+    return tables, bars, data
 
 
 if __name__ == "__main__":

@@ -17,15 +17,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+import children
 
 LABELS = {
     "hand": "hand-written, fused AdamW",
@@ -43,21 +42,8 @@ STEPS = 5
 
 
 def start(kind: str) -> subprocess.Popen[str]:
-    """Begin to measure in another process; `finish` gives the result."""
-    found = importlib.util.find_spec("ftrain")
-    assert found is not None, "run.py has imported it"
-    same = os.pathsep.join(filter(None, [str(Path(str(found.origin)).parents[1]), os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "PYTHONPATH": same}
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, __file__, kind], env=env, stdout=pipe, stderr=pipe, text=True)
-
-
-def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
-    out, errors = process.communicate()
-    if process.returncode:
-        raise RuntimeError(f"tests/bench/memory.py failed with status {process.returncode}:\n{errors}")
-    found: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return found
+    """Begin to measure in another process; `children.finish` gives the result."""
+    return children.start(__file__, kind, MALLOC_MMAP_THRESHOLD_="65536")
 
 
 def _status(name: str) -> float:

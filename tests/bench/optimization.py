@@ -162,9 +162,7 @@ def recipe_contenders(problem: Problem, steps: int = 2, precision: str = "bf16-m
         Contender(
             "hand_compiled", "hand-written, compiled model", hand_recipe(problem, precision, compiled=True), steps
         ),
-        Contender(
-            "ft_donated", "ft.compile, donated", ft_run(problem, lambda model: recipe(model, precision)), steps
-        ),
+        Contender("ft_donated", "ft.compile, donated", ft_run(problem, lambda model: recipe(model, precision)), steps),
     ]
 
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Bar(NamedTuple):
-    """A bound that issue 2 sets, and what was measured. It is printed, never asserted: machines differ."""
+    """A bound that an issue sets, and what was measured. It is printed, never asserted: machines differ."""
 
     text: str
     bound: float

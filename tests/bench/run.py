@@ -1,25 +1,35 @@
-"""The benchmark: `nox -s bench`, or `python tests/bench/run.py [--quick] [--no-lightning] [--write [FOLDER]]`.
+"""The benchmark: `nox -s bench`, or `python tests/bench/run.py [--quick] [--parts ...] [--no-lightning] [--write [FOLDER]]`.
 
-It prints tables and bars and always ends with status 0; what the figures mean for a change is for people to judge. The small MLP
-shows what a trainer adds to a step, the large one what donation does to memory. Everything runs in one process, round by round
-(see rounds.py), except peak memory, which each way of training shows in a process of its own (memory.py).
+It prints tables and bars and always ends with status 0; what the figures mean for a change is for people to judge. Its parts:
+
+- small: what a trainer adds to a step of a small MLP;
+- large: what donation does to the memory of an MLP of 24 M parameters;
+- recipe: the same MLP with clipping, averages and mixed precision (optimization.py);
+- parts: one update from eight micro-batches;
+- gpt: what it costs to compile the step of a GPT of 12 layers, cold and warm (first_call.py).
+
+The contenders of a part run in one process, round by round (see rounds.py). Peak memory and compile times come from processes of
+their own (memory.py, first_call.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import gc
 import importlib.util
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "benchmarks"
+PARTS = ("small", "large", "recipe", "parts", "gpt")
 
 
 def main() -> None:
@@ -36,117 +46,209 @@ def main() -> None:
         _run(args, root, began)
 
 
-def _run(args: argparse.Namespace, root: str, began: float) -> None:
-    import torch
+class Bench:
+    """The parts of the benchmark, each of which adds its tables, bars and samples."""
 
-    torch.set_num_threads(1)
-    import cases
-    import memory
-    import report
-    import rounds
-    from report import Bar
+    def __init__(self, args: argparse.Namespace, root: str) -> None:
+        import torch
 
-    lightning = not args.no_lightning and importlib.util.find_spec("lightning") is not None
-    if not lightning:
-        why = "--no-lightning" if args.no_lightning else "it is not installed; `pip install lightning==2.6.6`"
-        print(f"Lightning is left out: {why}\n")
-    about = report.machine(["ftrain", "torch", "lightning", "numpy", "optree"], threads="1")
+        torch.set_num_threads(1)
+        import report
 
-    tell = _teller()
-    # Quick: the two processes run beside the timing, which then has the other core.
-    kinds = ("hand", "donated") if args.quick else memory.KINDS
-    peaks: dict[str, dict[str, Any]] = {}
-    early = [memory.start(kind) for kind in kinds] if args.quick else []
+        self.quick = args.quick
+        self.rounds = args.rounds or (5 if args.quick else 50)
+        self.root: str | None = root
+        if args.no_lightning or importlib.util.find_spec("lightning") is None:
+            why = "--no-lightning" if args.no_lightning else "it is not installed; `pip install lightning==2.6.6`"
+            print(f"Lightning is left out: {why}\n")
+            self.root = None
+        self.about = report.machine(["ftrain", "torch", "lightning", "numpy", "optree"], threads="1")
+        self.tell = _teller()
+        self.report: Any = report
+        self.tables: list[Any] = []
+        self.bars: list[Any] = []
+        self.data: dict[str, Any] = {"memory": {}}
 
-    small = cases.small()
-    contenders = cases.small_contenders(small, root if lightning else None, scale=2 if args.quick else 1)
-    number = args.rounds or (5 if args.quick else 50)
-    found = rounds.measure(contenders, number, tell=tell, ready=lambda: cases.agree(contenders))
+    def small(self) -> None:
+        """What a trainer adds to a step that is nearly all overhead."""
+        import cases
+        import rounds
 
-    big: dict[str, rounds.Samples] = {}
-    large = cases.large()
-    if not args.quick:
-        heavy = cases.large_contenders(large)
-        big = rounds.measure(heavy, max(number // 4, 3), tell=tell, ready=lambda: cases.agree(heavy), warm=1)
-    for i, kind in enumerate(kinds):
-        tell(f"peak memory: {kind}")
-        peaks[kind] = memory.finish(early[i] if early else memory.start(kind))
-    tell("")
-
-    def bar(text: str, bound: float, over: str, under: str, at_least: bool = False) -> Bar:
-        if over not in found or under not in found:
-            return Bar(text, bound, None, at_least=at_least)
-        a, b = found[over], found[under]
-        return Bar(text, bound, rounds.ratio(a.step, b.step), rounds.ratio(a.cpu, b.cpu), at_least=at_least)
-
-    memory_ratio = peaks["donated"]["peak_mb"] / peaks["hand"]["peak_mb"]
-    met = [
-        bar("ft.compile'd step / hand-written eager, fused", 0.40, "ft_donated", "hand_eager"),
-        bar("ft.compile'd step / the same graph called by hand", 1.15, "ft_donated", "hand_graph"),
-        bar("ft.fit in a terminal / ft.compile'd step", 1.25, "ft_fit", "ft_donated"),
-        bar("ft.fit, plain lines / ft.compile'd step", 1.25, "ft_fit_lines", "ft_donated"),
-        bar("ftrain eager step / hand-written eager, fused", 3.00, "ft_eager", "hand_eager"),
-        bar("Lightning default / ft.fit in a terminal", 4.00, "lightning", "ft_fit", at_least=True),
-        Bar(
-            "24 M MLP: peak memory donated / hand-written",
-            0.85,
-            rounds.Spread(memory_ratio, memory_ratio, memory_ratio),
-        ),
-    ]
-    about["load"] += f", {os.getloadavg()[0]:.1f} when it ended"
-    about["took"] = f"{time.perf_counter() - began:.0f} s, {number} rounds"
-    tables = [
-        report.times(
-            "Small MLP",
+        contenders = cases.small_contenders(cases.small(), self.root, scale=2 if self.quick else 1)
+        found = rounds.measure(contenders, self.rounds, tell=self.tell, ready=lambda: cases.agree(contenders))
+        self.data["small"] = self.report.samples(found)
+        note = (
             "32-32-32-10, ReLU, batch 16, AdamW, float32, one thread, ready batches from a list. `x yardstick`: times the first row, in the "
             "same round. `on CPU`: processor time over wall time; below 100% somebody else had the core. `set-up`: a run of one step; "
-            "their times per step are without it. `first call`: until the first step is done, with whatever is compiled for it (from an empty compile "
-            "cache, but for --quick). The graph called by hand goes through torch.compile's own entry and guards.",
-            found,
-            "hand_eager",
-        ),
-        *([_large(report, rounds, big, peaks, large)] if big else []),
-        report.Table(
-            "24 M MLP, peak memory",
-            "Resident memory of steady steps above that of the process without parameters, in MB; how, says tests/bench/memory.py.",
-            ["", "peak", "between steps", "x hand-written", "baseline"],
-            [
+            "their times per step are without it. `first call`: until the first step is done, with whatever is compiled for it (from an empty "
+            "compile cache, but for --quick). The graph called by hand goes through torch.compile's own entry and guards."
+        )
+        self.tables.append(self.report.times("Small MLP", note, found, "hand_eager"))
+        self._bar(found, "ft.compile'd step / hand-written eager, fused", 0.40, "ft_donated", "hand_eager")
+        self._bar(found, "ft.compile'd step / the same graph called by hand", 1.15, "ft_donated", "hand_graph")
+        self._bar(found, "ft.fit in a terminal / ft.compile'd step", 1.25, "ft_fit", "ft_donated")
+        self._bar(found, "ft.fit, plain lines / ft.compile'd step", 1.25, "ft_fit_lines", "ft_donated")
+        self._bar(found, "ftrain eager step / hand-written eager, fused", 3.00, "ft_eager", "hand_eager")
+        self._bar(found, "Lightning default / ft.fit in a terminal", 4.00, "lightning", "ft_fit", at_least=True)
+
+    def large(self) -> None:
+        """What donation does to memory."""
+        import cases
+        import memory
+        import rounds
+
+        problem = cases.large()
+        if not self.quick:
+            heavy = cases.large_contenders(problem)
+            found = rounds.measure(
+                heavy, max(self.rounds // 4, 3), tell=self.tell, ready=lambda: cases.agree(heavy), warm=1
+            )
+            self.data["large"] = self.report.samples(found)
+            note = f"{problem.parameters() / 1e6:.1f} M parameters, batch {problem.batch}, AdamW, float32, one thread."
+            self.tables.append(self.report.times("24 M MLP, time", note, found, "hand_eager", unit="ms"))
+        kinds = ("hand", "donated") if self.quick else memory.KINDS
+        self._memory("24 M MLP, peak memory", kinds)
+        self._memory_bar("24 M MLP: peak memory donated / hand-written", 0.85, "donated", "hand")
+
+    def recipe(self) -> None:
+        """Clipping, averages and mixed precision in one step."""
+        import cases
+        import memory
+        import optimization
+        import rounds
+
+        problem = cases.large()
+        heavy = optimization.recipe_contenders(problem)
+        apart = ""
+
+        def ready() -> None:
+            nonlocal apart
+            apart = optimization.agree(heavy, problem, "bf16-mixed")
+
+        found = rounds.measure(heavy, self._few(), tell=self.tell, ready=ready, warm=1)
+        self.data["recipe"] = self.report.samples(found)
+        note = (
+            f"{problem.parameters() / 1e6:.1f} M parameters, batch {problem.batch}, AdamW, clip_by_global_norm(1.0), an exponential moving "
+            "average (0.999) and bf16-mixed, one thread. By hand: torch.autocast, clip_grad_norm_, AdamW(fused=True), AveragedModel "
+            f"with get_ema_multi_avg_fn. Parameters and averages agree {apart}."
+        )
+        self.tables.append(self.report.times("Recipe on the 24 M MLP, time", note, found, "hand", unit="ms"))
+        self._bar(found, "24 M MLP, clip + EMA + bf16-mixed: ft.compile / hand-written", 1.10, "ft_donated", "hand")
+        self._memory("Recipe on the 24 M MLP, peak memory", memory.RECIPE)
+        what = "24 M MLP, clip + EMA + bf16-mixed: peak memory ft.compile / hand-written"
+        self._memory_bar(what, 1.00, "recipe_donated", "recipe_hand")
+
+    def parts(self) -> None:
+        """One update from eight micro-batches."""
+        import memory
+        import optimization
+        import rounds
+
+        rows = [(optimization.parts_small(), 50, "us", self.rounds // 2, "small MLP")]
+        if not self.quick:
+            rows.insert(0, (optimization.parts_large(), 1, "ms", self._few(), "24 M MLP"))
+        for problem, steps, unit, number, name in rows:
+            heavy = optimization.parts_contenders(problem, steps)
+            ready = functools.partial(optimization.agree, heavy, problem)
+            found = rounds.measure(heavy, max(number, 3), tell=self.tell, ready=ready, warm=1)
+            self.data[f"parts, {name}"] = self.report.samples(found)
+            note = (
+                f"{problem.parameters() / 1e6:.3g} M parameters, eight micro-batches of {problem.batch // optimization.PARTS}, AdamW, "
+                "float32, one thread. By hand: eight times forward and backward, which add up in .grad, then one fused step."
+            )
+            title = f"Accumulation x 8 on the {name}, time"
+            self.tables.append(self.report.times(title, note, found, "hand", unit=unit))
+            what = f"{name}, accumulation x 8: one compiled call / eight micro-batches by hand"
+            self._bar(found, what, 1.05, "ft_donated", "hand")
+        if not self.quick:
+            self._memory("Accumulation x 8 on the 24 M MLP, peak memory", memory.PARTS)
+
+    def gpt(self) -> None:
+        """What compiling a whole step costs."""
+        import first_call
+
+        if self.quick:
+            return
+        found = first_call.measure(self.tell)
+        self.data["gpt"] = found
+        self.tables.append(first_call.table(self.report, found))
+
+    def _few(self) -> int:
+        return max(self.rounds // 3, 3)
+
+    def _bar(self, found: Any, text: str, bound: float, over: str, under: str, *, at_least: bool = False) -> None:
+        import rounds
+
+        if over not in found or under not in found:
+            self.bars.append(self.report.Bar(text, bound, None, at_least=at_least))
+            return
+        a, b = found[over], found[under]
+        wall, cpu = rounds.ratio(a.step, b.step), rounds.ratio(a.cpu, b.cpu)
+        self.bars.append(self.report.Bar(text, bound, wall, cpu, at_least=at_least))
+
+    def _memory(self, title: str, kinds: Sequence[str]) -> None:
+        """Peaks of some kinds of memory.py, the first of which is the yardstick."""
+        import children
+        import memory
+
+        peaks = self.data["memory"]
+        # Quick: all at once. Their times are not measured.
+        early = [memory.start(kind) for kind in kinds] if self.quick else []
+        for i, kind in enumerate(kinds):
+            self.tell(f"peak memory: {kind}")
+            peaks[kind] = children.finish(early[i] if early else memory.start(kind))
+        self.tables.append(
+            self.report.Table(
+                title,
+                "Resident memory of steady steps above that of the process without parameters, in MB; how, says tests/bench/memory.py.",
+                ["", "peak", "between steps", "x hand-written", "baseline"],
                 [
-                    {
-                        "hand": "hand-written, fused AdamW",
-                        "donated": "ft.compile, donated",
-                        "kept": "ft.compile, not donated",
-                    }[kind],
-                    f"{one['peak_mb']:.0f}",
-                    f"{one['between_steps_mb']:.0f}",
-                    f"{one['peak_mb'] / peaks['hand']['peak_mb']:.2f}",
-                    f"{one['baseline_mb']:.0f}",
-                ]
-                for kind, one in peaks.items()
-            ],
-        ),
-        report.bars(met),
-    ]
+                    [
+                        memory.LABELS[kind],
+                        f"{peaks[kind]['peak_mb']:.0f}",
+                        f"{peaks[kind]['between_steps_mb']:.0f}",
+                        f"{peaks[kind]['peak_mb'] / peaks[kinds[0]]['peak_mb']:.2f}",
+                        f"{peaks[kind]['baseline_mb']:.0f}",
+                    ]
+                    for kind in kinds
+                ],
+            )
+        )
+
+    def _memory_bar(self, text: str, bound: float, over: str, under: str) -> None:
+        import rounds
+
+        value = self.data["memory"][over]["peak_mb"] / self.data["memory"][under]["peak_mb"]
+        self.bars.append(self.report.Bar(text, bound, rounds.Spread(value, value, value)))
+
+
+def _run(args: argparse.Namespace, root: str, began: float) -> None:
+    bench = Bench(args, root)
+    for part in args.parts.split(","):
+        getattr(bench, part)()
+        gc.collect()
+    bench.tell("")
+    about, report = bench.about, bench.report
+    about["load"] += f", {os.getloadavg()[0]:.1f} when it ended"
+    about["took"] = f"{time.perf_counter() - began:.0f} s, {bench.rounds} rounds"
+    tables = [*bench.tables, *([report.bars(bench.bars)] if bench.bars else [])]
     print(report.text(about, tables))
     if args.write:
-        data = {"small": report.samples(found), "large": report.samples(big), "memory": peaks}
-        for path in report.write(
-            Path(args.write) / "cpu", "Speed and memory on a CPU", about, tables, bars=met, data=data
-        ):
+        folder = Path(args.write)
+        title = "Speed and memory on a CPU"
+        for path in report.write(folder / "cpu", title, about, tables, bars=bench.bars, data=bench.data):
             print(f"\nwrote {path}", end="")
         print()
-
-
-def _large(report: Any, rounds: Any, big: Any, peaks: Any, problem: Any) -> Any:
-    note = f"{problem.parameters() / 1e6:.1f} M parameters, batch {problem.batch}, AdamW, float32, one thread."
-    return report.times("24 M MLP, time", note, big, "hand_eager", unit="ms")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time ftrain beside hand-written loops and Lightning.")
     parser.add_argument("--quick", action="store_true", help="a smoke run: few short rounds, warm compile cache")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--no-lightning", action="store_true", help="leave Lightning out")
-    parser.add_argument("--rounds", type=int, help="rounds on the small MLP (default: 50, quick: 5)")
+    parser.add_argument(
+        "--rounds", type=int, help="rounds on the small MLP (default: 50, quick: 5); a third of that on large ones"
+    )
     parser.add_argument(
         "--write",
         nargs="?",
@@ -154,7 +256,11 @@ def _arguments() -> argparse.Namespace:
         metavar="FOLDER",
         help="write cpu.md and cpu.json (default: docs/benchmarks)",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    unknown = set(args.parts.split(",")) - set(PARTS)
+    if unknown:
+        parser.error(f"--parts: no such part: {', '.join(sorted(unknown))}")
+    return args
 
 
 @contextlib.contextmanager
