@@ -8,6 +8,7 @@ to import this module in order to catch one.
 from __future__ import annotations
 
 __all__ = [
+    "ArgumentError",
     "BatchError",
     "CompileError",
     "CompileWarning",
@@ -35,6 +36,10 @@ class FtrainError(Exception):
     >>> issubclass(LossError, FtrainError) and issubclass(LossError, ValueError)
     True
     """
+
+
+class ArgumentError(FtrainError, TypeError):
+    """An argument is another kind of thing than the one that it must be."""
 
 
 class StateError(FtrainError, TypeError):

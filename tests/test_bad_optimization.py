@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ftrain as ft
-from ftrain.errors import StructureError
+from ftrain.errors import ArgumentError, StructureError
 
 
 def mlp() -> nn.Module:
@@ -70,3 +70,23 @@ def test_one_step_serves_states_that_train_other_parameters() -> None:
         assert moved(new.params, state.params) > 0
     with pytest.raises(StructureError, match=r"made with another optimizer(.|\n)*state\.opt"):
         step(some.replace(opt=ft.optim.sgd(0.1, momentum=0.9).init(some.params)), BATCH)
+
+
+# -- arguments that are another kind of thing ---------------------------------------------------------------------------------
+
+ARGUMENTS = {
+    "a learning rate that is a text": lambda: ft.optim.sgd("0.1"),  # type: ignore[arg-type]
+    "a decay of averages that is nothing": lambda: ft.with_ema(ft.train_step(mlp(), cross_entropy, SGD), None),  # type: ignore[arg-type]
+    "an optimizer that was not called": lambda: ft.optim.chain(ft.optim.clip(1.0), ft.optim.adam),  # type: ignore[arg-type]
+    "a schedule in place of a number": lambda: ft.schedules.linear(ft.schedules.constant(0.1), 0.0, 10),  # type: ignore[arg-type]
+    "a text in place of schedules": lambda: ft.schedules.join("ab", [1]),
+    "a number in place of a schedule": lambda: ft.optim.scale_by_schedule(0.1),  # type: ignore[arg-type]
+    "a metric without a name": lambda: ft.hooks.plateau(None),  # type: ignore[arg-type]
+    "a cadence and a number": lambda: ft.every(steps=5) | 5,
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_every_error_of_an_argument_is_one_of_ftrains(name: str) -> None:
+    with pytest.raises(ArgumentError, match="expected:|got:"):
+        ARGUMENTS[name]()

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..errors import LimitError, explain
+from ..errors import ArgumentError, LimitError, explain
 
 __all__ = ["Cadence", "Clock", "at", "every", "until"]
 
@@ -68,7 +68,7 @@ class _Join(Cadence):
     def __post_init__(self) -> None:
         for side in (self.a, self.b):
             if not isinstance(side, Cadence):
-                raise TypeError(
+                raise ArgumentError(
                     explain(f"cannot join a cadence and {side!r}.", expected="ft.every(...), ft.at(...), ft.until(...)")
                 )
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import explain
+from ..errors import ArgumentError, explain
 from ..types import Transform
 from .transform import forwarding, is_schedule, new_count
 
@@ -65,7 +65,7 @@ def inject(factory: Callable[..., Transform]) -> Callable[..., Transform]:
     tensor([-0.2500])
     """
     if not callable(factory):
-        raise TypeError(
+        raise ArgumentError(
             explain(
                 "ft.optim.inject wants an optimizer's function.",
                 got=repr(factory),
@@ -87,7 +87,7 @@ def inject(factory: Callable[..., Transform]) -> Callable[..., Transform]:
         made = own(*args, **kwargs)  # validates the arguments now, not at the first step
         names = [*positional[: len(args)], *[""] * (len(args) - len(positional))]  # "": what falls into *args
         given = {name: value for name, value in zip(names, args, strict=True) if name} | kwargs
-        schedules = {name: value for name, value in given.items() if is_schedule(value)}
+        schedules = {name: value for name, value in given.items() if _is_schedule(value, parameters.get(name))}
         numbers = {name: value for name, value in given.items() if _is_number(value, parameters.get(name))}
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.ndim == 0}
 
@@ -116,6 +116,20 @@ def inject(factory: Callable[..., Transform]) -> Callable[..., Transform]:
     return make
 
 
+def _is_schedule(value: Any, parameter: inspect.Parameter | None) -> bool:
+    """Whether an argument is a schedule: by itself, or a function where the annotation says that a function is one."""
+    if is_schedule(value):
+        return True
+    return callable(value) and parameter is not None and "Schedule" in _kinds(parameter)
+
+
+def _kinds(parameter: inspect.Parameter) -> set[str]:
+    """The alternatives of an annotation."""
+    note = parameter.annotation
+    text = note if isinstance(note, str) else getattr(note, "__name__", str(note))
+    return {part.strip() for part in text.split("|")}
+
+
 def _is_number(value: Any, parameter: inspect.Parameter | None) -> bool:
     """Whether an argument is a number that may become a tensor; one annotated as an integer is a size or a choice, and stays.
 
@@ -123,6 +137,4 @@ def _is_number(value: Any, parameter: inspect.Parameter | None) -> bool:
     """
     if parameter is None or type(value) is not int:
         return type(value) is float
-    note = parameter.annotation
-    text = note if isinstance(note, str) else getattr(note, "__name__", str(note))
-    return not {part.strip() for part in text.split("|")} <= {"int", "bool", "None"}
+    return not _kinds(parameter) <= {"int", "bool", "None"}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import rng, tree
-from ..errors import LimitError, explain
+from ..errors import ArgumentError, LimitError, explain
 from ..types import Schedule, Transform
 from .lists import over
 from .masks import Mask, put, resolve, take
@@ -56,14 +56,14 @@ def scale(step_size: float | Tensor) -> Transform:
         step_size: the factor, of either sign.
 
     Raises:
-        TypeError: it is not a number.
+        ArgumentError: it is not a number.
 
     >>> import torch, ftrain as ft
     >>> ft.optim.scale(-0.5).update({"w": torch.ones(1)}, (), {"w": torch.ones(1)})[0]
     {'w': tensor([-0.5000])}
     """
     if isinstance(step_size, bool) or not isinstance(step_size, (int, float, Tensor)):
-        raise TypeError(
+        raise ArgumentError(
             explain(
                 f"scale: {step_size!r} is not a factor.",
                 expected="a number or a 0-d tensor",
@@ -117,7 +117,7 @@ def scale_by_schedule(step_size_fn: Schedule) -> Transform:
         step_size_fn: the factor, of either sign, as a function of the count (0-d), e.g. from `ft.schedules`.
 
     Raises:
-        TypeError: it cannot be called.
+        ArgumentError: it cannot be called.
 
     >>> import torch, ftrain as ft
     >>> tx = ft.optim.scale_by_schedule(lambda t: 1.0 / (t + 1.0))
@@ -127,7 +127,7 @@ def scale_by_schedule(step_size_fn: Schedule) -> Transform:
     {'w': tensor([0.5000])}
     """
     if not callable(step_size_fn):
-        raise TypeError(
+        raise ArgumentError(
             explain(
                 f"scale_by_schedule: {step_size_fn!r} is no function of the step.",
                 expected="a schedule",

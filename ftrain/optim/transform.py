@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import tree
-from ..errors import LimitError, explain
+from ..errors import ArgumentError, LimitError, explain
 from ..types import InitFn, Schedule, Transform, ValueFn
 from .lists import over
 
@@ -84,7 +84,7 @@ def check_transforms(what: str, *transforms: Any) -> None:
     >>> from ftrain.optim.transform import check_transforms
     >>> check_transforms("chain", ft.optim.sgd)
     Traceback (most recent call last):
-    TypeError: ft.optim.chain wants transforms.
+    ftrain.errors.ArgumentError: ft.optim.chain wants transforms.
       where:    argument 0
       expected: Transform(init, update)
       got:      function
@@ -93,7 +93,7 @@ def check_transforms(what: str, *transforms: Any) -> None:
     """
     for position, one in enumerate(transforms):
         if not (callable(getattr(one, "init", None)) and callable(getattr(one, "update", None))):
-            raise TypeError(
+            raise ArgumentError(
                 explain(
                     f"ft.optim.{what} wants {'transforms' if what == 'chain' else 'a transform'}.",
                     where=f"argument {position}",
@@ -200,7 +200,7 @@ def nonnegative(**hyper: Any) -> None:
     for name, value in hyper.items():
         vector = isinstance(value, Tensor) and value.ndim > 0
         if vector or isinstance(value, bool) or not (isinstance(value, (int, float, Tensor)) or callable(value)):
-            raise TypeError(
+            raise ArgumentError(
                 explain(
                     f"{name}={value!r} is not a hyper-parameter.",
                     expected="a number >= 0, a 0-d tensor or a schedule",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import HookError, LimitError, explain
+from ...errors import ArgumentError, HookError, LimitError, explain
 from ...metrics import Metric
 from ...state import TrainState
 from ..events import Event, Hook
@@ -195,7 +195,7 @@ def _nearest(monitor: str, names: list[str]) -> str:
 def _check_names(**names: object) -> None:
     for key, name in names.items():
         if not isinstance(name, str) or not name:
-            raise TypeError(
+            raise ArgumentError(
                 explain(
                     f"ft.hooks.plateau: {key}= is a name.",
                     expected="a str",

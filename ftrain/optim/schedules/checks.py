@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import LimitError, explain
+from ...errors import ArgumentError, LimitError, explain
 from ..transform import nonnegative
 
 __all__ = ["Value", "boundaries_of", "check_numbers", "check_values", "one_of", "refuse"]
@@ -35,7 +35,7 @@ def check_values(**values: Any) -> None:
     nonnegative(**values)
     for name, value in values.items():
         if not isinstance(value, (int, float, Tensor)):
-            raise TypeError(
+            raise ArgumentError(
                 explain(
                     f"{name}={value!r} is not a value of a schedule.",
                     expected="a number >= 0 or a 0-d tensor",
@@ -56,7 +56,7 @@ def check_numbers(*, positive: bool = False, **numbers: Any) -> None:
         expected = f"a number {'>' if positive else '>='} 0"
         usual = 1000 if "steps" in name else 1.0
         if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise TypeError(
+            raise ArgumentError(
                 explain(
                     f"{name}={number!r} is not a number.",
                     expected=expected,
@@ -80,7 +80,7 @@ def boundaries_of(boundaries: Iterable[Any], what: str, fix: str) -> tuple[float
     (10, 20)
     """
     if isinstance(boundaries, (str, Tensor)) or not isinstance(boundaries, Iterable):
-        raise TypeError(explain(f"{what}: boundaries are a sequence of steps.", got=type(boundaries).__name__, fix=fix))
+        raise ArgumentError(explain(f"{what}: boundaries are a sequence of steps.", got=type(boundaries).__name__, fix=fix))
     found = tuple(boundaries)
     check_numbers(**{f"{what}: boundary[{i}]": one for i, one in enumerate(found)})
     for before, after in itertools.pairwise(found):

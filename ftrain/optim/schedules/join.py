@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import ArgumentError, explain
 from .checks import boundaries_of, refuse
 from .schedule import ScheduleFn, as_schedule
 
@@ -33,7 +34,9 @@ def join(schedules: Sequence[Any], boundaries: Sequence[float]) -> ScheduleFn:
     tensor([0.5000, 0.5000, 1.0000, 0.5000, 0.0000], dtype=torch.float64)
     """
     if isinstance(schedules, str) or not isinstance(schedules, Sequence):
-        raise TypeError(f"join wants a list of schedules, got {type(schedules).__name__}\n  fix:      {FIX}")
+        raise ArgumentError(
+            explain("join wants a list of schedules.", expected="a list", got=type(schedules).__name__, fix=FIX)
+        )
     found = [as_schedule(one, "join") for one in schedules]
     begins = boundaries_of(boundaries, "join", FIX)
     if len(found) != len(begins) + 1:

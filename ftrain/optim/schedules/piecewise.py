@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import explain
+from ...errors import ArgumentError, explain
 from .checks import Value, boundaries_of, check_values, one_of
 from .schedule import ScheduleFn, written
 from .shapes import SHAPES
@@ -95,7 +95,7 @@ def _points(
     fix = f"{what}(..., {{1000: 0.1, 2000: 0.1}})"
     scales = {} if boundaries_and_scales is None else boundaries_and_scales
     if not isinstance(scales, Mapping):
-        raise TypeError(
+        raise ArgumentError(
             explain(
                 f"{what}: boundaries and factors are a dict.",
                 expected="{step: factor}",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...errors import explain
+from ...errors import ArgumentError, explain
 from .checks import check_values
 from .drawing import draw
 
@@ -47,7 +47,7 @@ class ScheduleFn:
         value = self.fn(at.to(torch.float64))
         if not isinstance(value, Tensor) or (value.shape != at.shape and value.ndim != 0):
             got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(
+            raise ArgumentError(
                 explain(
                     f"the schedule {self.text!r} did not give a value for each step.",
                     expected=f"a tensor of shape {tuple(at.shape)}",
@@ -104,7 +104,7 @@ def as_schedule(value: Any, what: str) -> ScheduleFn:
     if callable(value):
         return ScheduleFn(value, getattr(value, "__name__", type(value).__name__))
     if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
-        raise TypeError(
+        raise ArgumentError(
             explain(
                 f"{what} wants schedules.",
                 expected="a schedule, a function of the step tensor, a number or a 0-d tensor",

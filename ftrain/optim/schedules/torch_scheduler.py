@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from ...errors import LimitError, explain
+from ...errors import ArgumentError, LimitError, explain
 from .checks import refuse
 from .schedule import ScheduleFn
 
@@ -41,7 +41,7 @@ def from_torch(make: Callable[..., Any], lr: float, steps: int, **options: Any) 
 
     Raises:
         LimitError: the scheduler needs a metric, or `lr` or `steps` make no sense.
-        TypeError: `make` is not callable or does not give a scheduler.
+        ArgumentError: `make` is not callable or does not give a scheduler.
 
     >>> import torch, ftrain as ft
     >>> lr = ft.schedules.from_torch(torch.optim.lr_scheduler.StepLR, lr=1.0, steps=100, step_size=10)
@@ -108,7 +108,7 @@ def _name(make: Callable[..., Any]) -> str:
 
 def _check(make: object, lr: object, steps: object) -> None:
     if isinstance(make, (LRScheduler, torch.optim.Optimizer)) or not callable(make):
-        raise TypeError(
+        raise ArgumentError(
             explain(
                 "from_torch wants the scheduler's class, or a function that makes it.",
                 expected="a class of torch.optim.lr_scheduler, or a function optimizer -> scheduler",
@@ -117,7 +117,7 @@ def _check(make: object, lr: object, steps: object) -> None:
             )
         )
     if isinstance(make, type) and not issubclass(make, LRScheduler):
-        raise TypeError(
+        raise ArgumentError(
             explain(
                 f"from_torch: {make.__name__} is no scheduler of torch.",
                 expected="a subclass of torch.optim.lr_scheduler.LRScheduler, or a function optimizer -> scheduler",
@@ -128,7 +128,7 @@ def _check(make: object, lr: object, steps: object) -> None:
     if isinstance(make, type):
         _check_metric(make, make.step, ignore=1)
     if isinstance(lr, bool) or not isinstance(lr, (int, float)):
-        raise TypeError(explain("from_torch: lr= is a number.", got=type(lr).__name__, fix=FIX))
+        raise ArgumentError(explain("from_torch: lr= is a number.", got=type(lr).__name__, fix=FIX))
     if not lr >= 0:
         raise LimitError(explain(f"lr={lr!r} is negative.", expected="a number >= 0", got=repr(lr), fix=FIX))
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -137,7 +137,7 @@ def _check(make: object, lr: object, steps: object) -> None:
 
 def _check_scheduler(make: Callable[..., Any], scheduler: object) -> None:
     if not isinstance(scheduler, LRScheduler):
-        raise TypeError(
+        raise ArgumentError(
             explain(
                 f"from_torch: {_name(make)} gave no scheduler of torch.",
                 expected="an object of torch.optim.lr_scheduler.LRScheduler",
