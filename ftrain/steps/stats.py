@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import MetricError, explain
 from ..metrics import Mean, Metric
 from ..optim.masks import resolve
-from ..types import Batch, GradFn, Params
+from ..types import LOSS_SCALE, Batch, GradFn, Params
 from .wrap import GradWrapper
 
 __all__ = ["STATISTICS", "with_grad_stats"]
@@ -36,10 +36,13 @@ class Measured(GradWrapper):
         grads, loss, (metrics, new) = self.inner(params, buffers, batch, rng)
         told: dict[str, Metric] = {}
         chosen = resolve(self.match, params, "with_grad_stats")
+        scale = buffers.get(LOSS_SCALE)
         for name, wanted in zip(sorted(grads), chosen, strict=True):
             if not wanted:
                 continue
             g = grads[name] if grads[name].element_size() >= 4 else grads[name].float()
+            # scale: inside of a loss scale the gradient is that many times larger; what is told is that of the loss
+            g = g if scale is None else g / scale
             for statistic in self.statistics:
                 value = STATISTICS[statistic](g).to(loss.total.dtype)
                 told[f"{self.prefix}_{statistic}/{name}"] = Mean(value, value.new_ones(()))
@@ -54,6 +57,8 @@ def with_grad_stats(
     prefix: str = "grad",
 ) -> Measured:
     """Add statistics of the gradient of each parameter to the metrics; the gradient itself stays as it is.
+
+    They are those of the loss, inside of a loss scale as well as outside of it.
 
     Args:
         grad_fn: a grad-level function.
