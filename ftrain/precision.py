@@ -136,7 +136,8 @@ def check_supported(policy: Policy, device: torch.device, what: str) -> None:
                 fix=f'precision="bf16-{kind}"   # or a CUDA device for 16-{kind}',
             )
         )
-    if device.type == "cuda" and policy.compute == torch.bfloat16 and not torch.cuda.is_bf16_supported():
+    # Emulated, as on GPUs before Ampere, it is slower than float32, and not what was asked for.
+    if device.type == "cuda" and policy.compute == torch.bfloat16 and not torch.cuda.is_bf16_supported(False):
         raise DeviceError(
             explain(
                 f"{what}: this GPU has no bfloat16.",
