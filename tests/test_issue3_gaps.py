@@ -115,6 +115,38 @@ def test_a_plain_function_of_the_step_is_injected_as_a_schedule_is() -> None:
     assert set(two.scheduled) == {"lr"}
 
 
+FLOORS: dict[str, Callable[[Any], ft.Transform]] = {
+    "adaptive_grad_clip": lambda eps: ft.optim.adaptive_grad_clip(1e-2, eps=eps),
+    "adafactor e1": lambda eps: ft.optim.adafactor(0.1, eps=(eps, 1e-3)),
+    "adafactor e2": lambda eps: ft.optim.adafactor(0.1, eps=(None, eps)),
+    "adam": lambda eps: ft.optim.adam(0.1, eps=eps),
+    "adamw": lambda eps: ft.optim.adamw(0.1, eps=eps),
+}
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_an_eps_may_be_a_tensor_or_a_schedule_too(name: str) -> None:
+    make, value = FLOORS[name], 0.3
+    shapes = {"w": (3, 4), "b": (5,)}
+    params = {key: torch.linspace(0.01, 0.05, 12, dtype=torch.float64)[: 12 if key == "w" else 5] for key in shapes}
+    params = {key: params[key].reshape(shape) for key, shape in shapes.items()}
+    grads = {key: 0.1 * torch.ones_like(p) + p for key, p in params.items()}
+
+    def first(eps: Any) -> Any:
+        tx = make(eps)
+        return tx.update(grads, tx.init(params), params)[0]
+
+    plain, other = first(value), first(1e-8)
+    assert any((plain[key] - other[key]).abs().max() > 1e-6 for key in plain), "the eps does nothing"
+    for given in (
+        torch.tensor(value, dtype=torch.float64),
+        ft.schedules.constant(value),
+        lambda step: step * 0 + value,
+    ):
+        for key, update in first(given).items():
+            torch.testing.assert_close(update, plain[key], rtol=1e-6, atol=1e-12)
+
+
 # -- precision ----------------------------------------------------------------------------------------------------------------------
 
 

@@ -148,7 +148,9 @@ def clip(max_delta: float | Tensor | Schedule) -> Transform:
 
 
 def adaptive_grad_clip(
-    clipping: float | Tensor | Schedule, eps: float = 1e-3, dim: int | tuple[int, ...] | None = None
+    clipping: float | Tensor | Schedule,
+    eps: float | Tensor | Schedule = 1e-3,
+    dim: int | tuple[int, ...] | None = None,
 ) -> Transform:
     """Adaptive gradient clipping: limit the norm of each unit's gradient to a fraction of the norm of its parameters.
 
@@ -192,9 +194,10 @@ def adaptive_grad_clip(
 
     def update(grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]:
         ratio: Any = value_at(clipping, state.count)
+        floor: Any = value_at(eps, state.count)
 
         def one(g: Tensor, p: Tensor) -> Tensor:
-            limit = _unit_norms(p, dims).clamp(min=eps) * ratio
+            limit = _unit_norms(p, dims).clamp(min=floor) * ratio
             norm = _unit_norms(g, dims)
             # scale: one factor for each unit
             return torch.where(norm < limit, g, g * (limit / norm.clamp(min=1e-6)).to(g.dtype))

@@ -39,7 +39,7 @@ class AdafactorState(NamedTuple):
 def adafactor(
     lr: float | Tensor | Schedule = 1e-2,
     beta2_decay: float | Tensor | Schedule = -0.8,
-    eps: tuple[float | None, float] = (None, 1e-3),
+    eps: tuple[float | Tensor | Schedule | None, float | Tensor | Schedule] = (None, 1e-3),
     d: float | Tensor | Schedule = 1.0,
     weight_decay: float | Tensor | Schedule = 0.0,
     maximize: bool = False,
@@ -74,7 +74,7 @@ def adafactor(
     (tensor([-0.2000, -0.2000, -0.2000]), tensor([-0.0001, -0.0001, -0.0001]), torch.Size([2, 1]))
     """
     nonnegative(lr=lr, weight_decay=weight_decay)
-    e1, e2 = _check(beta2_decay, eps, d)
+    _check(beta2_decay, eps, d)
     decays = not is_zero(weight_decay)
 
     def init(params: Any, /) -> AdafactorState:
@@ -90,13 +90,14 @@ def adafactor(
         )
 
     def update(grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]:
-        rate, power, limit, decay = (value_at(h, state.count) for h in (lr, beta2_decay, d, weight_decay))
+        rate, power, limit, decay, e2 = (value_at(h, state.count) for h in (lr, beta2_decay, d, weight_decay, eps[1]))
+        e1 = None if eps[0] is None else value_at(eps[0], state.count)
         count = state.count + 1
         t = count.to(torch.float64)
         # The largest relative step: min(lr, 1 / sqrt(t)).
         scalars = (t**power, torch.clamp(t.rsqrt(), max=rate), limit, rate * decay)
 
-        def change(g: Tensor, p: Tensor, v: Tensor, floor: float, rho: Any, limit: Any, shrink: Any) -> Tensor:
+        def change(g: Tensor, p: Tensor, v: Tensor, floor: Any, rho: Any, limit: Any, shrink: Any) -> Tensor:
             u = g * v.clamp(min=floor * floor).rsqrt()
             length = torch.clamp(_rms(p), min=e2) * rho / torch.clamp(_rms(u) / limit, min=1.0)
             step: Tensor = -u * length
@@ -152,7 +153,7 @@ def _rms(x: Tensor) -> Tensor:
     return x.square().mean().sqrt()
 
 
-def _check(beta2_decay: Any, eps: Any, d: Any) -> tuple[float | None, float]:
+def _check(beta2_decay: Any, eps: Any, d: Any) -> None:
     if isinstance(beta2_decay, (int, float)) and not beta2_decay <= 0:
         raise LimitError(
             explain(
@@ -172,4 +173,3 @@ def _check(beta2_decay: Any, eps: Any, d: Any) -> tuple[float | None, float]:
     if eps[0] is not None:
         nonnegative(e1=eps[0])
     nonnegative(e2=eps[1])
-    return eps[0], eps[1]
