@@ -220,7 +220,8 @@ def test_batch_norm_in_a_recomputed_block_counts_once() -> None:
 @pytest.mark.inductor
 def test_rematerialisation_by_inductor() -> None:
     case = MODELS["gpt"]
-    model, tx = deterministic(case.model()), ft.optim.adam(1e-2)
+    # Not Adam: the gradient of the keys' biases is zero but for rounding, which it would blow up to the size of a step.
+    model, tx = deterministic(case.model()), ft.optim.sgd(0.1)
     step = ft.train_step(model, case.loss_fn, tx, remat="blocks.*")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CompileWarning)
