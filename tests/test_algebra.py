@@ -492,8 +492,20 @@ NO_PARTITION: dict[str, tuple[Callable[[], Any], str]] = {
         r"got: +partition\(transforms, labels\)",
     ),
     "no transforms": (
-        lambda: ft.optim.partition({"*": "a"}, {"a": 0.1}),
-        r"wants the labels first[\s\S]*\{'a': 0\.1\}",
+        lambda: ft.optim.partition({"*": "a"}, {}),
+        r"wants the labels first[\s\S]*transforms=\{\}",
+    ),
+    "a number": (
+        lambda: ft.optim.partition({"a.*": "a", "*": "b"}, {"a": SGD, "b": 0.1}),
+        r"what the label 'b' has is no transform\.\n +where: +transforms\['b'\][\s\S]*got: +0\.1",
+    ),
+    "a function": (
+        lambda: ft.optim.partition({"*": "a"}, {"a": ft.optim.adamw}),
+        r"label 'a' has is no transform[\s\S]*got: +adamw[\s\S]*when it is called",
+    ),
+    "an optimizer of torch": (
+        lambda: ft.optim.partition({"*": "a"}, {"a": torch.optim.SGD}),
+        r"label 'a' has is no transform[\s\S]*got: +SGD[\s\S]*from_torch",
     ),
     "label without transform": (
         lambda: ft.optim.partition({"body.*": "bdoy", "*": "head"}, {"body": SGD, "head": SGD}),

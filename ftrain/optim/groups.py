@@ -172,8 +172,8 @@ def _by_pattern(labels: Labels) -> bool:
 
 
 def _check_arguments(labels: Labels, transforms: Any) -> None:
-    if not (isinstance(transforms, Mapping) and transforms and all(map(_is_transform, transforms.values()))):
-        swapped = isinstance(labels, Mapping) and bool(labels) and all(map(_is_transform, labels.values()))
+    swapped = isinstance(labels, Mapping) and bool(labels) and all(map(_is_transform, labels.values()))
+    if swapped or not (isinstance(transforms, Mapping) and transforms):
         raise ModelError(
             explain(
                 "partition wants the labels first, then the transform of each label.",
@@ -183,6 +183,20 @@ def _check_arguments(labels: Labels, transforms: Any) -> None:
                 fix=_FIX,
             )
         )
+    for label, one in transforms.items():
+        if not _is_transform(one):
+            raise ModelError(
+                explain(
+                    f"partition: what the label {label!r} has is no transform.",
+                    where=f"transforms[{label!r}]",
+                    expected="Transform(init, update)",
+                    got=getattr(one, "__name__", repr(one)),
+                    cause="a function that makes an optimizer, or a class, makes one when it is called"
+                    if callable(one)
+                    else None,
+                    fix=f"transforms={{{label!r}: ft.optim.adamw(1e-3), ...}}   # or ft.optim.from_torch(torch.optim.SGD, lr=0.1)",
+                )
+            )
     if _by_pattern(labels):
         for pattern, label in labels.items():
             _check_label(label, transforms, f"labels[{pattern!r}]")
