@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ftrain as ft
-from ftrain.errors import ArgumentError, StructureError
+from ftrain.errors import ArgumentError, FtrainError, LimitError, StateError, StructureError
 
 
 def mlp() -> nn.Module:
@@ -88,5 +88,113 @@ ARGUMENTS = {
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_every_error_of_an_argument_is_one_of_ftrains(name: str) -> None:
-    with pytest.raises(ArgumentError, match="expected:|got:"):
+    with pytest.raises(ArgumentError, match=r"expected:|got:"):
         ARGUMENTS[name]()
+
+
+# -- functions of another level -----------------------------------------------------------------------------------------------
+
+LOSS = ft.bind(mlp(), cross_entropy)
+THINGS: dict[str, Any] = {
+    "a loss": LOSS,
+    "a gradient": ft.value_and_grad(LOSS),
+    "a step": ft.train_step(mlp(), cross_entropy, SGD),
+    "an optimizer": SGD,
+    "a module": mlp(),
+    "nothing": None,
+}
+WANTS: dict[str, tuple[str, Any]] = {
+    "ft.with_precision": ("a loss", lambda fn: ft.with_precision(fn, "bf16-mixed")),
+    "ft.value_and_grad": ("a loss", ft.value_and_grad),
+    "ft.with_accumulation": ("a gradient", lambda fn: ft.with_accumulation(fn, 2)),
+    "ft.with_sam": ("a gradient", ft.with_sam),
+    "ft.with_grad_stats": ("a gradient", ft.with_grad_stats),
+    "ft.with_loss_scale": ("a gradient", ft.with_loss_scale),
+    "ft.make_step": ("a gradient", lambda fn: ft.make_step(fn, SGD)),
+    "ft.make_update": ("a gradient", lambda fn: ft.make_update(fn, SGD)),
+    "ft.with_ema": ("a step", ft.with_ema),
+    "ft.with_swa": ("a step", lambda fn: ft.with_swa(fn, start=1)),
+    "ft.compile": ("a step", ft.compile),
+}
+
+
+@pytest.mark.parametrize("thing", THINGS)
+@pytest.mark.parametrize("what", WANTS)
+def test_a_function_of_another_level_is_refused_when_the_wrapper_is_made(what: str, thing: str) -> None:
+    wanted, make = WANTS[what]
+    if thing == wanted:
+        make(THINGS[thing])
+        return
+    with pytest.raises(
+        FtrainError, match=rf"{what} wants a (function of the \w+ level|step)(.|\n)*expected:(.|\n)*got:"
+    ):
+        make(THINGS[thing])
+
+
+def test_as_step_refuses_what_counts_steps_by_itself() -> None:
+    model = mlp()
+    step, state = ft.train_step(model, cross_entropy, SGD), ft.init(model, SGD)
+    for known in (step, ft.compile(step, rung="eager"), ft.with_ema(step)):
+        with pytest.raises(ArgumentError, match=r"is a step already(.|\n)*counted twice(.|\n)*ft\.as_step\(update"):
+            ft.as_step(known)
+    with pytest.raises(StateError, match=r"counted its steps itself(.|\n)*Counters\(step=1"):
+        ft.as_step(lambda state, batch: (step(state, batch)[0], {}))(state, BATCH)
+    with pytest.raises(StateError, match=r"did not return \(state, metrics\)(.|\n)*got: +dict"):
+        ft.as_step(lambda state, batch: {})(state, BATCH)
+    update = ft.make_update(gradient(model), SGD)
+    new, _ = ft.as_step(update, uses=(one for one in [update]))(state, BATCH)
+    assert new.counters().step == 1
+
+
+def test_an_average_of_a_function_that_is_no_step() -> None:
+    model = mlp()
+    step = ft.with_ema(ft.eval_step(model, lambda model, batch: {"loss": cross_entropy(model, batch)}))  # type: ignore[arg-type]
+    with pytest.raises(StateError, match=r"did not return \(state, metrics\)(.|\n)*got: +dict"):
+        step(step.init(ft.init(model, SGD)), BATCH)
+
+
+def test_two_averages_in_one_step_have_names_of_their_own() -> None:
+    step = ft.train_step(mlp(), cross_entropy, SGD)
+    for inner in (ft.with_ema(step), ft.with_swa(step, start=1, name="ema")):
+        with pytest.raises(LimitError, match=r"under the name 'ema' already(.|\n)*ft\.with_ema\(step, \.\.\., name="):
+            ft.with_ema(inner)
+    scaled = ft.make_step(ft.with_loss_scale(gradient(), name="kept"), SGD)
+    with pytest.raises(LimitError, match="under the name 'kept' already"):
+        ft.with_swa(scaled, start=1, name="kept")
+    for name in (None, "", 3):
+        with pytest.raises(ArgumentError, match="is no name"):
+            ft.with_ema(step, name=name)  # type: ignore[arg-type]
+
+
+def test_an_average_of_other_parameters() -> None:
+    model = mlp()
+    step = ft.with_ema(ft.train_step(model, cross_entropy, SGD))
+    kept = step.init(ft.init(model, SGD)).extra
+    with pytest.raises(StructureError, match=r"'ema' is of other parameters(.|\n)*extra=\{\}"):
+        step(ft.init(model, SGD, trainable="2.*").replace(extra=kept), BATCH)
+
+
+# A guard inside of what calls it several times: the step would look at its last word alone, and write inf into parameters.
+@pytest.mark.parametrize("wrap", [lambda g: ft.with_accumulation(g, 4), ft.with_sam], ids=["accumulation", "SAM"])
+def test_a_loss_scale_stands_outside(wrap: Any) -> None:
+    with pytest.raises(
+        LimitError, match=r"stands inside of ft\.with_loss_scale(.|\n)*fix: +grad = ft\.with_loss_scale\(ft\.with_"
+    ):
+        wrap(ft.with_loss_scale(gradient()))
+    with pytest.raises(LimitError, match=r"scaled already(.|\n)*'one'"):
+        ft.with_loss_scale(ft.with_grad_stats(ft.with_loss_scale(gradient(), name="one")), name="two")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"init_scale": float("inf")},
+        {"init_scale": lambda step: step},
+        {"growth_interval": "2"},
+        {"growth_interval": 1.5},
+    ],
+    ids=str,
+)
+def test_a_loss_scale_of_numbers_that_are_none(wrong: Any) -> None:
+    with pytest.raises(LimitError, match=r"makes no sense(.|\n)*expected:"):
+        ft.with_loss_scale(gradient(), **wrong)

@@ -111,8 +111,11 @@ def _other_rows(batch: Batch, n: int) -> None:
 class Accumulated(GradWrapper):
     """Made by `with_accumulation`."""
 
+    made_by = "ft.with_accumulation"
+
     def __init__(self, grad_fn: GradFn, k: int, uneven: Uneven) -> None:
         super().__init__(grad_fn)
+        self.refuse_guards()
         self.k = k
         self.uneven = uneven
 
@@ -137,9 +140,8 @@ class Accumulated(GradWrapper):
         total: Params = {}
         loss: Any = None
         merged: dict[str, Metric] = {}
-        for i, part in enumerate(parts):
-            if i and torch.compiler.is_compiling():
-                part = _after(total, part)
+        for i, cut in enumerate(parts):
+            part = _after(total, cut) if i and torch.compiler.is_compiling() else cut
             # scale: each part's loss by the same number; the engine does not hand it back
             given = buffers if scale is None else {**buffers, LOSS_SCALE: scale}
             grads, own, (metrics, buffers) = self.inner(params, given, part, keys.fold_in(rng, i))
@@ -181,7 +183,7 @@ def _after(total: Params, part: Batch) -> Batch:
     if torch._C._functorch.maybe_current_level() is not None:
         return part
     first = [torch.as_strided(leaf, (1,), (1,)) for leaf in total.values() if leaf.numel()]
-    never = torch.cat([(one == one) & (one != one) for one in first]).any()
+    never = torch.cat([(one == one) & (one != one) for one in first]).any()  # noqa: PLR0124 - see above
     return tree.map(lambda leaf: torch.where(never, torch.zeros_like(leaf), leaf), part)
 
 

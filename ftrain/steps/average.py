@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import LimitError, StateError, explain
+from ..errors import LimitError, StateError, StructureError, explain
 from ..optim.averaging import first_average, moved_average
+from ..optim.masks import some
 from ..optim.transform import nonnegative, value_at
 from ..state import TrainState
 from ..types import Batch, Metrics, Params, Schedule
 from .grad import constants
 from .regions import region
 from .train import Stepped
+from .wrap import check_level, check_name, step_result
 
 __all__ = ["Average", "averaged", "with_ema", "with_swa"]
 
@@ -66,12 +68,29 @@ class Averaged(Stepped):
         own = Average(first_average(state.params), first_average(state.buffers), count)
         return state.replace(extra={**state.extra, self.name: own})
 
+    def names(self) -> set[str]:
+        """The names of the sub-states that the step keeps in `state.extra`."""
+        inner = getattr(self.step, "names", None)
+        return {self.name} | (set() if inner is None else inner())
+
     def check(self, state: TrainState, batch: Batch | None = None) -> None:
         """Raise unless the state has the average, and suits the step inside."""
         inner = getattr(self.step, "check", None)
         if inner is not None:
             inner(state, batch)
-        if not isinstance(state.extra.get(self.name), Average):
+        own = state.extra.get(self.name)
+        if isinstance(own, Average) and own.params.keys() != state.params.keys():
+            raise StructureError(
+                explain(
+                    f"the average {self.name!r} is of other parameters than those of the state.",
+                    where=f"state.extra[{self.name!r}].params",
+                    expected=some(list(state.params)),
+                    got=some(list(own.params)),
+                    cause="a state whose trainable parameters are others, with the average of the one before",
+                    fix="state = step.init(state.replace(extra={}))   # a new average",
+                )
+            )
+        if not isinstance(own, Average):
             raise StateError(
                 explain(
                     f"the state has no average {self.name!r}.",
@@ -91,7 +110,7 @@ class Averaged(Stepped):
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if not torch.compiler.is_compiling():
             self.check(state, batch)
-        new, metrics = self.step(state, batch)
+        new, metrics = step_result(self.step(state, batch), repr(self))
         after = region(self, self._average)(new.extra[self.name], new.params, new.buffers, new.step)
         return new.replace(extra={**new.extra, self.name: after}), metrics
 
@@ -203,13 +222,26 @@ def with_swa(
 
 
 def _make(what: str, step: Any, weight: Any, *, start: int, every: int, buffers: bool, name: str) -> Averaged:
-    if not callable(step) or hasattr(step, "rung"):
+    check_level(step, "step", f"ft.{what}")
+    check_name(name, f"ft.{what}")
+    if hasattr(step, "rung"):
         raise StateError(
             explain(
                 f"ft.{what} wants a step that is not compiled yet.",
                 expected="a function (state, batch) -> (state, metrics)",
                 got=repr(step) if callable(step) else type(step).__name__,
                 fix=f"step = ft.compile(ft.{what}(step, ...))",
+            )
+        )
+    names = getattr(step, "names", None)
+    if names is not None and name in names():
+        raise LimitError(
+            explain(
+                f"ft.{what}: the step inside keeps something under the name {name!r} already.",
+                where=f"state.extra[{name!r}]",
+                expected="a name for each average and each loss scale",
+                got=f"name={name!r} twice",
+                fix=f'ft.{what}(step, ..., name="{name}_2")',
             )
         )
     for argument, value, least in (("start", start, 0), ("every", every, 1)):

@@ -41,6 +41,7 @@ from .donation import carry, consume, overwrite
 from .packed import Packed
 from .regions import using
 from .train import check_batch, seeded_by
+from .wrap import check_level
 
 __all__ = ["CompiledStep", "Recompile", "Rung", "compile"]
 
@@ -110,6 +111,7 @@ def compile(
         )
     if not callable(step):
         raise CompileError(explain("ft.compile wants a step.", expected="a function", got=type(step).__name__))
+    check_level(step, "step", "ft.compile")
     if rung != "auto" and rung not in get_args(Rung):
         raise CompileError(explain(f"ft.compile: unknown rung {rung!r}.", expected="auto, step, loss or eager"))
     if (mode or options) and backend != "inductor":

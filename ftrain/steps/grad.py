@@ -18,6 +18,7 @@ from ..errors import LossError, explain
 from ..metrics import Mean, Metric
 from ..optim.lists import inside_transform
 from ..types import LOSS_SCALE, Batch, Engine, GradFn, LossFn, Params
+from .wrap import check_level
 
 __all__ = ["SingleDevice", "constants", "value_and_grad"]
 
@@ -68,8 +69,9 @@ def value_and_grad(loss_fn: LossFn, *, engine: Engine | None = None) -> GradFn:
     Returns:
         `(params, buffers, batch, rng) -> (grads, loss, (metrics, buffers))`. Parameters that the loss does not use get zeros.
 
-    Raises (when called):
-        LossError: the loss depends on no parameter.
+    Raises:
+        ArgumentError: a function of another level.
+        LossError (when called): the loss depends on no parameter.
 
     >>> import torch, ftrain as ft
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -79,6 +81,7 @@ def value_and_grad(loss_fn: LossFn, *, engine: Engine | None = None) -> GradFn:
     >>> grads["weight"]
     tensor([[3.]])
     """
+    check_level(loss_fn, "loss", "ft.value_and_grad")
     chosen = SingleDevice() if engine is None else engine
 
     def grad_fn(

@@ -13,6 +13,7 @@ Laws
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from ..optim.guard import all_finite
 from ..optim.lists import over
 from ..optim.transform import nonnegative
 from ..types import LOSS_SCALE, Batch, GradFn, Params
-from .wrap import GradWrapper
+from .wrap import GradWrapper, check_name
 
 __all__ = ["LossScale", "with_loss_scale"]
 
@@ -45,14 +46,32 @@ class LossScale(NamedTuple):
 class Scaled(GradWrapper):
     """Made by `with_loss_scale`."""
 
+    made_by = "ft.with_loss_scale"
+
     def __init__(
         self, grad_fn: GradFn, name: str, *, init_scale: float, growth: float, backoff: float, interval: int
     ) -> None:
         super().__init__(grad_fn)
+        self._refuse_another(grad_fn)
         self.name = name
         self.init_scale, self.growth, self.backoff, self.interval = init_scale, growth, backoff, interval
         self.states = {**self.states, name: self.init}
         self.guards = (*self.guards, name)
+
+    def _refuse_another(self, inner: Any) -> None:
+        """Raise where the gradient is scaled already: it would be scaled once, and divided twice."""
+        while inner is not None and not isinstance(inner, Scaled):
+            inner = getattr(inner, "inner", getattr(inner, "__wrapped__", None))
+        if inner is not None:
+            raise LimitError(
+                explain(
+                    "with_loss_scale: the gradient is scaled already.",
+                    expected="one loss scale in a gradient",
+                    got=f"the loss scale {inner.name!r} inside of another one",
+                    cause='precision="16-mixed" makes one too',
+                    fix="ft.make_step(ft.with_loss_scale(grad), tx)   # once, outside of accumulation",
+                )
+            )
 
     def init(self, params: Params) -> LossScale:
         """The first sub-state."""
@@ -109,6 +128,10 @@ class Scaled(GradWrapper):
         return LossScale(scale, torch.where(grows, torch.zeros_like(good), good), finite, skipped)
 
 
+def _finite(number: object) -> bool:
+    return isinstance(number, (int, float)) and math.isfinite(number)
+
+
 def _divided(g: Any, scale: Any) -> Any:
     return g / scale
 
@@ -151,10 +174,10 @@ def with_loss_scale(
     """
     nonnegative(init_scale=init_scale, growth_factor=growth_factor, backoff_factor=backoff_factor)
     bad = {
-        "init_scale": (init_scale > 0, "above 0", 2.0**16),
-        "growth_factor": (growth_factor >= 1.0, "at least 1", 2.0),
-        "backoff_factor": (0.0 < backoff_factor < 1.0, "between 0 and 1", 0.5),
-        "growth_interval": (growth_interval >= 1, "an integer of at least 1", 2000),
+        "init_scale": (_finite(init_scale) and init_scale > 0, "a number above 0", 2.0**16),
+        "growth_factor": (_finite(growth_factor) and growth_factor >= 1.0, "a number of at least 1", 2.0),
+        "backoff_factor": (_finite(backoff_factor) and 0.0 < backoff_factor < 1.0, "between 0 and 1", 0.5),
+        "growth_interval": (type(growth_interval) is int and growth_interval >= 1, "an integer of at least 1", 2000),
     }
     for argument, (right, expected, fix) in bad.items():
         if not right:
@@ -166,6 +189,7 @@ def with_loss_scale(
                     fix=f"{argument}={fix}",
                 )
             )
+    check_name(name, "ft.with_loss_scale")
     return Scaled(
         grad_fn,
         name,

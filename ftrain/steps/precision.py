@@ -27,6 +27,8 @@ __all__ = ["check_precision", "computing", "with_precision"]
 class Precise(LossWrapper):
     """Made by `with_precision`."""
 
+    made_by = "ft.with_precision"
+
     def __init__(self, loss_fn: LossFn, policy: Policy) -> None:
         super().__init__(loss_fn)
         self.policy = policy

@@ -19,8 +19,11 @@ __all__ = ["with_sam"]
 class Sharpness(GradWrapper):
     """Made by `with_sam`."""
 
+    made_by = "ft.with_sam"
+
     def __init__(self, grad_fn: GradFn, rho: float, adaptive: bool) -> None:
         super().__init__(grad_fn)
+        self.refuse_guards()
         self.rho, self.adaptive = rho, adaptive
 
     def __call__(self, params: Params, buffers: Params, batch: Batch, rng: Tensor, /) -> Any:

@@ -28,6 +28,8 @@ STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
 class Measured(GradWrapper):
     """Made by `with_grad_stats`."""
 
+    made_by = "ft.with_grad_stats"
+
     def __init__(self, grad_fn: GradFn, match: Any, statistics: tuple[str, ...], prefix: str) -> None:
         super().__init__(grad_fn)
         self.match, self.statistics, self.prefix = match, statistics, prefix

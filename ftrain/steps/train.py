@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import rng, tree
-from ..errors import BatchError, ModelError, StateError, explain
+from ..errors import ArgumentError, BatchError, ModelError, StateError, explain
 from ..metrics import Last, Mean, Metric
 from ..optim import Partition, apply_updates
 from ..optim import metrics as reports
@@ -29,6 +29,7 @@ from .loss_scale import with_loss_scale
 from .precision import with_precision
 from .regions import region
 from .remat import Modules, with_remat
+from .wrap import check_level, step_result
 
 __all__ = ["as_step", "check_batch", "make_step", "make_update", "seeded_by", "train_step"]
 
@@ -39,8 +40,11 @@ _AVERAGED = ("grad_norm",)
 class Update:
     """`(state, batch) -> (state, metrics)`: a gradient and an optimizer, applied; the counters stay. Made by `make_update`."""
 
-    def __init__(self, grad_fn: GradFn, tx: Transform | Partition, only: str | None) -> None:
-        check_transform(tx, "ft.make_update")
+    def __init__(
+        self, grad_fn: GradFn, tx: Transform | Partition, only: str | None, what: str = "ft.make_update"
+    ) -> None:
+        check_level(grad_fn, "grad", what)
+        check_transform(tx, what)
         self.grad_fn = grad_fn
         self.tx: Any = tx
         self.only = only
@@ -90,7 +94,8 @@ class Update:
                         where=f"state.extra[{name!r}]",
                         expected=f"a sub-state {name!r}",
                         got=f"state.extra with {', '.join(state.extra) or 'nothing'}",
-                        fix="state = step.init(state)   # once, before the first step; ft.fit and ft.loop do it themselves",
+                        fix="state = step.init(state)   # once, before the first step; ft.fit and ft.loop do it themselves\n"
+                        "step = ft.as_step(fn, uses=[update])   # a step written by hand names its updates",
                     )
                 )
 
@@ -200,6 +205,10 @@ class Stepped:
             state = part.init(state)
         return state
 
+    def names(self) -> set[str]:
+        """The names of the sub-states that the step keeps in `state.extra`."""
+        return {name for part in self.uses for name in part.states}
+
     def check(self, state: TrainState, batch: Batch | None = None) -> None:
         """Raise unless state and batch suit the updates that the step is made of."""
         for part in self.uses:
@@ -225,7 +234,18 @@ class Stepped:
             return self._step(state, batch, seed)
 
     def _step(self, state: TrainState, batch: Batch, seed: int | None = None) -> tuple[TrainState, Metrics]:
-        new, metrics = self.fn(state, batch)
+        new, metrics = step_result(self.fn(state, batch), repr(self))
+        if new.step is not state.step and seed is not None and new.counters() != state.counters():
+            raise StateError(
+                explain(
+                    "the function given to ft.as_step counted its steps itself, so they would be counted twice.",
+                    where="state.step, state.samples",
+                    expected="the counters of the state that it was given",
+                    got=str(new.counters()),
+                    cause="it calls a step, or state.advance, where an update of ft.make_update is meant",
+                    fix="update = ft.make_update(grad, tx)   # in place of the step\nstate.replace(params=...)   # in place of state.advance",
+                )
+            )
         return new.advance(batch_size(batch)), metrics
 
 
@@ -233,7 +253,7 @@ class TrainStep(Stepped):
     """A pure step made of one gradient and one optimizer. Made by `make_step`."""
 
     def __init__(self, grad_fn: GradFn, tx: Transform) -> None:
-        self.update = Update(grad_fn, tx, None)
+        self.update = Update(grad_fn, tx, None, "ft.make_step")
         super().__init__(self.update, (self.update,))
         self.grad_fn = grad_fn
         self.tx = tx
@@ -301,17 +321,29 @@ def as_step(fn: Callable[[TrainState, Batch], tuple[TrainState, Any]], *, uses: 
     >>> state.step, state.opt.count
     (tensor(1), tensor(2))
     """
-    for part in uses:
+    if hasattr(fn, "advances"):
+        raise ArgumentError(
+            explain(
+                "ft.as_step wants a function that leaves the counters alone, and this is a step already.",
+                expected="(state, batch) -> (state, metrics), made of updates",
+                got=repr(fn),
+                cause="`step` and `samples` would be counted twice",
+                fix="ft.as_step(update, uses=[update])   # update = ft.make_update(grad, tx)",
+            )
+        )
+    check_level(fn, "step", "ft.as_step")
+    parts = tuple(uses) if isinstance(uses, Iterable) else (None,)
+    for part in parts:
         if not isinstance(part, Update):
             raise StateError(
                 explain(
                     "ft.as_step: uses= holds something that is no update.",
                     expected="what ft.make_update gives",
-                    got=type(part).__name__,
+                    got=type(uses if part is None else part).__name__,
                     fix="ft.as_step(fn, uses=[update])",
                 )
             )
-    return Stepped(fn, uses)
+    return Stepped(fn, parts)
 
 
 def make_step(grad_fn: GradFn, tx: Transform) -> TrainStep:
