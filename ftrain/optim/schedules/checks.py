@@ -80,7 +80,9 @@ def boundaries_of(boundaries: Iterable[Any], what: str, fix: str) -> tuple[float
     (10, 20)
     """
     if isinstance(boundaries, (str, Tensor)) or not isinstance(boundaries, Iterable):
-        raise ArgumentError(explain(f"{what}: boundaries are a sequence of steps.", got=type(boundaries).__name__, fix=fix))
+        raise ArgumentError(
+            explain(f"{what}: boundaries are a sequence of steps.", got=type(boundaries).__name__, fix=fix)
+        )
     found = tuple(boundaries)
     check_numbers(**{f"{what}: boundary[{i}]": one for i, one in enumerate(found)})
     for before, after in itertools.pairwise(found):
