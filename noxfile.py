@@ -62,12 +62,20 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Run both examples in short form; arguments go to the language model."""
+    """Run every example in short form; arguments go to the language model."""
     install(session, ".[examples]")
     scripts = ROOT / "examples"
     with session.chdir(session.create_tmp()):  # plots land there
         session.run("python", str(scripts / "digits.py"))
         session.run("python", str(scripts / "byte_lm.py"), *(session.posargs or ("--steps", "60")))
+        short = {
+            "gan": ("--epochs", "30"),
+            "finetune": (),
+            "gradient_penalty": ("--steps", "600"),
+            "maml": ("--steps", "800"),
+        }
+        for name, arguments in short.items():  # uncompiled, some ten seconds each
+            session.run("python", str(scripts / f"{name}.py"), *arguments)
 
 
 @nox.session

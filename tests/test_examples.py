@@ -1,4 +1,4 @@
-"""Both examples run as a user runs them: as scripts, from another directory, on real data."""
+"""The examples run as a user runs them: as scripts, from another directory, on real data."""
 
 import os
 import re
@@ -65,7 +65,60 @@ def test_byte_lm_learns_and_shows_gzip_beside_it(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", ["digits.py", "byte_lm.py"])
+def table(out: str) -> dict[str, list[float]]:
+    """The lines of a table: a name, then numbers or percentages."""
+    lines = re.findall(r"^ *(\w[\w ]*?)((?: {2,}[\d.]+%?)+)$", out, flags=re.MULTILINE)
+    return {name: [float(value.rstrip("%")) for value in values.split()] for name, values in lines}
+
+
+@pytest.mark.parametrize("options", [["--accumulate", "1"], ["--simultaneous"]], ids=["alternating", "simultaneous"])
+def test_gan_draws_digits(options, tmp_path):
+    out = run("gan.py", "--epochs", "15", *options, cwd=tmp_path)
+    distance = {name: value for name, (value,) in table(out).items()}
+    assert list(distance) == ["untrained", "trained", "averaged", "real"]
+    assert distance["averaged"] < 0.25 * distance["untrained"]
+    assert distance["trained"] < 0.25 * distance["untrained"]
+    assert distance["real"] < 0.2  # what a perfect generator would show
+    assert len(re.findall(r"^[ .:\-=+*#%@]{96}$", out, flags=re.MULTILINE)) == 8  # six pictures
+
+
+def test_thawing_is_better_than_its_alternatives(tmp_path):
+    out = run("finetune.py", cwd=tmp_path)
+    known = re.search(r"pre-trained: ([\d.]+)% .* ([\d.]+)% on negatives", out)
+    assert known is not None, out
+    assert float(known[1]) > 99
+    assert float(known[2]) < 10
+    found = {name: value for name, (value,) in table(out).items()}
+    assert list(found) == ["from scratch", "head alone", "all at once", "thawing"]
+    assert found["thawing"] > found["from scratch"] + 1
+    assert found["thawing"] > found["all at once"] + 3
+    assert found["thawing"] > found["head alone"] - 1
+    rates = re.findall(r"^ +(\d+) +([\d.e+-]+) +([\d.e+-]+) +([\d.e+-]+)$", out, flags=re.MULTILINE)
+    first = [
+        next(int(row[0]) for row in rates if float(row[i]) > 0) for i in (1, 2, 3)
+    ]  # when each group is seen to move
+    assert first == [26, 76, 126]
+
+
+def test_the_critic_finds_the_distance_that_exact_transport_gives(tmp_path):
+    out = run("gradient_penalty.py", "--pairs", "01", "--steps", "500", cwd=tmp_path)
+    found = re.search(r"^ +0 +1 +([\d.]+) +([\d.]+) +([\d.]+)$", out, flags=re.MULTILINE)
+    assert found is not None, out
+    critic, exact, slope = (float(value) for value in found.groups())
+    assert abs(critic / exact - 1) < 0.05
+    assert abs(slope - 1) < 0.05
+
+
+def test_maml_adapts_in_one_step(tmp_path):
+    out = run("maml.py", "--steps", "400", cwd=tmp_path)
+    loss = table(out)
+    assert list(loss)[-3:] == ["untrained", "all at once", "MAML"]
+    assert loss["MAML"][1] < 0.65 * loss["MAML"][0]
+    assert loss["MAML"][1] < 0.65 * loss["all at once"][1]
+    assert loss["MAML"][5] < loss["MAML"][1]  # further steps, which it was not trained for, help too
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_wrong_options_are_told(script, tmp_path):
-    limit = "--epochs" if script == "digits.py" else "--steps"
+    limit = "--epochs" if script in ("digits.py", "gan.py") else "--steps"
     assert "0 is not positive" in run(script, limit, "0", cwd=tmp_path, code=2)
