@@ -300,3 +300,29 @@ def test_windows_refuse_what_they_do_not_know() -> None:
     source = ft.data.as_epochs(ft.data.window(numbered(2), lambda epoch: 0))
     with pytest.raises(DataError, match="the size for epoch 0 is 0"):
         next(source(0))
+
+
+def test_a_compiled_part_waits_for_the_one_before() -> None:
+    """Else a compiler may run all forward passes first, and hold the activations of the whole batch."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model, tx = nn.Linear(3, 1), ft.optim.sgd(0.1)
+    step = ft.train_step(model, lambda model, batch: model(batch).square().mean(), tx, accumulate=3)
+    batch, state = torch.randn(6, 3), ft.init(model, tx)
+    new, _ = ft.compile(step, backend=backend, donate=False, rung="step")(state, batch)
+    torch.testing.assert_close(new.params, step(state, batch)[0].params)
+    nodes = list(graphs[0].graph.nodes)
+    gradients = [node for node in nodes if node.op == "call_function" and node.target is torch.autograd.grad]
+    assert len(gradients) == 3
+    for earlier, later in itertools.pairwise(gradients):
+        before, todo = set(), [later]
+        while todo:
+            node = todo.pop()
+            if node not in before:
+                before.add(node)
+                todo.extend(node.all_input_nodes)
+        assert earlier in before
