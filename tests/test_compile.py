@@ -284,3 +284,40 @@ def test_a_second_fit_of_a_bound_method_is_its_own() -> None:
     one, two = (ft.fit(state, h.step, case.batches(2), progress=False, backend="eager").state for h in (still, moving))
     assert torch.equal(one.params["head.weight"], state.params["head.weight"])
     assert not torch.equal(two.params["head.weight"], state.params["head.weight"])
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_donated_scalar_is_written(dtype: torch.dtype, backend: str) -> None:
+    """AOTAutograd (2.13) loses what is written into a 0-d float64 input on a CPU, unless it is written through a view."""
+
+    class Scalar(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.tensor(2.0, dtype=dtype))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a * x
+
+    model = Scalar()
+    tx = ft.optim.inject(ft.optim.sgd)(lr=ft.schedules.linear(0.1, 0.3, 4))
+    step = ft.train_step(model, lambda m, b: m(b).square().mean(), tx)
+    one = ft.init(model, tx)
+    two, fast = one.copy(), ft.compile(step, backend=backend, rung="step")
+    for _ in range(3):
+        one, _ = step(one, torch.ones(4, dtype=dtype))
+        two, _ = fast(two, torch.ones(4, dtype=dtype))
+    assert float(one.params["a"].detach()) < 1.0
+    torch.testing.assert_close(two.params["a"], one.params["a"])
+    torch.testing.assert_close(two.opt.hyper["lr"], one.opt.hyper["lr"])
+
+
+def test_an_eager_call_between_compiled_ones_compiles_nothing() -> None:
+    model, tx = nn.Linear(2, 1), ft.optim.sgd(0.1)
+    step = ft.train_step(model, lambda m, b: m(b).square().mean(), tx)
+    fast = ft.compile(step, backend="eager", donate=False)
+    state = ft.init(model, tx)
+    fast(state, torch.ones(4, 2))
+    step(state, torch.ones(4, 2))
+    fast(state, torch.ones(4, 2))
+    assert (fast.compiles, fast.recompiles) == (1, [])

@@ -452,8 +452,13 @@ def _program(state: TrainState, batch: Batch) -> tuple[Any, Any]:
     with torch.no_grad():
         for o, value in zip(old_leaves, values, strict=True):
             if value is not o:
-                o.copy_(value)  # mutates: donation, the new state takes over the memory of the old one
+                _row(o).copy_(_row(value))  # mutates: donation, the new state takes over the memory of the old one
     return (), named
+
+
+def _row(leaf: Tensor) -> Tensor:
+    """A 0-d tensor as a vector: AOTAutograd (2.13) loses what is written into a 0-d float64 input on a CPU, but not through a view."""
+    return leaf.unsqueeze(0) if leaf.ndim == 0 else leaf
 
 
 def _pack(named: dict[str, Metric]) -> Any:

@@ -46,7 +46,7 @@ class SingleDevice:
             loss, (metrics, new_buffers) = loss_fn(leaves, buffers, batch, rng)
             if not loss.total.requires_grad:
                 raise LossError(_unconnected(leaves))
-            if not self._looked and not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and not self._looked:
                 _check_graph(loss.total, leaves, getattr(loss_fn, "outer", None))
                 self._looked = True
             mean = _mean(loss, scale)
