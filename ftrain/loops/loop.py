@@ -20,8 +20,9 @@ from ..errors import DataError, StateError, explain
 from ..metrics import normalise
 from ..state import Counters, TrainState, check_state
 from ..steps.bind import batch_size as count_samples
+from ..steps.calls import seeded_by
 from ..steps.compile import CompiledStep
-from ..steps.train import Stepped, seeded_by
+from ..steps.train import Stepped
 from ..types import Metrics
 from .limits import Limits
 from .units import Cadence, Clock

@@ -18,5 +18,5 @@ from .sam import with_sam as with_sam
 from .stats import with_grad_stats as with_grad_stats
 from .train import as_step as as_step
 from .train import make_step as make_step
-from .train import make_update as make_update
 from .train import train_step as train_step
+from .update import make_update as make_update

@@ -36,11 +36,11 @@ from ..metrics import Collect, Metric, normalise
 from ..state import TrainState, check_state
 from ..types import Batch
 from .backends import Drawn, Program, Refused, check_backend, checkpoints, compiler, programs, worth_guarding
+from .calls import check_batch, seeded_by
 from .changes import NO_COMPILER, Recompile, difference, doubt, first_line, innermost, signature
 from .donation import carry, consume, overwrite
 from .packed import Packed
 from .regions import using
-from .train import check_batch, seeded_by
 from .wrap import check_level
 
 __all__ = ["CompiledStep", "Recompile", "Rung", "compile"]

@@ -16,9 +16,9 @@ from ..state import TrainState, check_state
 from ..types import Batch, Metrics
 from .average import averaged
 from .bind import batch_size, check_closure, takes_rng
+from .calls import check_batch, seeded_by
 from .precision import cast_inputs, cast_outputs, check_precision, computing
 from .skeleton import Installed, Skeleton
-from .train import check_batch, seeded_by
 
 __all__ = ["eval_step", "predict_step", "to_module"]
 

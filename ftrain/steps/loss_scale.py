@@ -57,6 +57,9 @@ class Scaled(GradWrapper):
         self.init_scale, self.growth, self.backoff, self.interval = init_scale, growth, backoff, interval
         self.states = {**self.states, name: self.init}
         self.guards = (*self.guards, name)
+        self._count = (
+            "skipped" if name == "loss_scale" else f"skipped/{name}"
+        )  # of two in a step, neither hides the other
 
     def _refuse_another(self, inner: Any) -> None:
         """Raise where the gradient is scaled already: it would be scaled once, and divided twice."""
@@ -113,7 +116,7 @@ class Scaled(GradWrapper):
         one = torch.ones_like(state.scale, dtype=dtype)
         told: dict[str, Metric] = {
             self.name: Last(state.scale.to(dtype, copy=True), one),
-            "skipped": Last(after.skipped.to(dtype), one),
+            self._count: Last(after.skipped.to(dtype), one),
         }
         return grads, loss, ({**told, **metrics}, {**new, self.name: after})  # type: ignore[dict-item]
 
@@ -156,7 +159,8 @@ def with_loss_scale(
         growth_factor: at least 1.
         backoff_factor: between 0 and 1.
         growth_interval: good steps until the scale grows.
-        name: key of the sub-state in `state.extra`, and of the scale among the metrics. `state = step.init(state)` puts it there.
+        name: key of the sub-state in `state.extra`, and of the scale among the metrics; `state = step.init(state)` puts it there.
+            Steps without an update are the metric `skipped`, or `skipped/name` where the name is another than the default.
 
     Raises:
         LimitError: a factor that makes no sense.
