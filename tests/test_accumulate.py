@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ftrain as ft
-from ftrain.errors import BatchError, DataError, LimitError
+from ftrain.errors import BatchError, DataError, LimitError, MetricError
 
 from .corpus import MODELS
 from .test_laws import bits
@@ -326,3 +326,46 @@ def test_a_compiled_part_waits_for_the_one_before() -> None:
                 before.add(node)
                 todo.extend(node.all_input_nodes)
         assert earlier in before
+
+
+def test_parts_with_other_metrics() -> None:
+    def loss_fn(model: nn.Module, batch: Tensor) -> Any:
+        return model(batch).mean(), ({"low": batch.mean()} if float(batch.sum()) < 0 else {"high": batch.mean()})
+
+    model = nn.Linear(1, 1)
+    grad = ft.with_accumulation(ft.value_and_grad(ft.bind(model, loss_fn)), 2)
+    text = r"different metrics\.\n  where: +micro-batch 1 (.|\n)*those of the first: low\n  got: +high"
+    with pytest.raises(MetricError, match=text):
+        grad(ft.init(model, ft.optim.sgd(0.1)).params, {}, torch.tensor([[-1.0], [1.0]]), ft.rng.key(0))
+
+
+def test_a_window_for_a_gradient_without_accumulation() -> None:
+    model, tx = nn.Linear(1, 1), ft.optim.sgd(0.1)
+    step = ft.make_step(ft.value_and_grad(ft.bind(model, lambda m, b: m(b).mean())), tx)
+    with pytest.raises(
+        BatchError, match=r"a window of batches stands where one batch is needed(.|\n)*with_accumulation"
+    ):
+        step(ft.init(model, tx), ft.data.Window((torch.ones(2, 1),) * 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({"batch_size": 8}, (8, 2)),
+        ({"batch_size": 8, "drop_last": True}, (8,)),
+        ({"batch_size": 5, "shuffle": True}, (5,)),
+        ({"batch_size": 16}, (10,)),
+        ({"batch_size": None}, None),
+        ({"batch_size": 8, "collate_fn": lambda rows: torch.stack(rows)[:4]}, None),
+        ({"batch_sampler": [[0, 1, 2], [3]]}, None),
+    ],
+    ids=str,
+)
+def test_the_batches_of_a_loader_are_known_beforehand(options: dict[str, Any], sizes: tuple[int, ...] | None) -> None:
+    loader = torch.utils.data.DataLoader(torch.ones(10, 2), **options)  # type: ignore[arg-type]  # a tensor is a dataset
+    assert ft.data.as_epochs(loader).sizes == sizes
+    if sizes == (8, 2):
+        model, tx = nn.Linear(2, 1), ft.optim.sgd(0.1)
+        step = ft.train_step(model, lambda m, b: m(b).mean(), tx, accumulate=4)
+        with pytest.raises(BatchError, match="a batch of 2 samples cannot be cut into 4"):
+            ft.fit(ft.init(model, tx), step, loader)

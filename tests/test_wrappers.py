@@ -15,7 +15,7 @@ from torch import nn
 
 import ftrain as ft
 from ftrain import tree
-from ftrain.errors import CompileWarning, MetricError, ModelError, StateError
+from ftrain.errors import ArgumentError, CompileWarning, MetricError, ModelError, StateError
 
 from .corpus import MODELS, Gpt, _language
 from .test_laws import bits
@@ -273,6 +273,11 @@ def test_sam_is_its_equation(adaptive: bool) -> None:
                 p.sub_(0.1 * g)
     for name, p in reference.named_parameters():
         torch.testing.assert_close(state.params[name], p.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_sam_refuses_a_schedule() -> None:
+    with pytest.raises(ArgumentError, match=r"rho is neither a number nor a 0-d tensor(.|\n)*no count of updates"):
+        ft.with_sam(ft.value_and_grad(ft.bind(nn.Linear(1, 1), lambda m, b: m(b).mean())), ft.schedules.constant(0.1))
 
 
 def test_statistics_are_those_of_the_gradient() -> None:

@@ -121,7 +121,8 @@ def as_epochs(
             )
         )
     once = isinstance(data, Iterator)
-    return Epochs(lambda epoch: _isolated(lambda: data, seed, epoch, what), None if once else _length(data), once)
+    length = None if once else _length(data)
+    return Epochs(lambda epoch: _isolated(lambda: data, seed, epoch, what), length, once, _sizes(data))
 
 
 def close_iterator(iterator: Iterator[Any]) -> None:
@@ -129,6 +130,22 @@ def close_iterator(iterator: Iterator[Any]) -> None:
     close = getattr(iterator, "close", None)
     if close is not None:
         close()
+
+
+def _sizes(data: Any) -> tuple[int, ...] | None:
+    """How many samples the batches of a DataLoader have, where it batches by itself and leaves collation to the default."""
+    if not isinstance(data, torch.utils.data.DataLoader) or isinstance(data.dataset, torch.utils.data.IterableDataset):
+        return None
+    plain = type(data.batch_sampler) is torch.utils.data.BatchSampler
+    if not plain or data.collate_fn is not torch.utils.data.default_collate:
+        return None
+    try:
+        n = len(data.sampler)  # type: ignore[arg-type]  # a sampler may have no length: the TypeError below
+    except (TypeError, NotImplementedError):
+        return None
+    size = int(data.batch_size or 1)
+    rows = {size if n >= size else 0, 0 if data.drop_last else n % size} - {0}
+    return tuple(sorted(rows, reverse=True))
 
 
 def _length(data: Any) -> int | None:

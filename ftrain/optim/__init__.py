@@ -1,4 +1,4 @@
-"""Optimizers as pure transforms, schedules, clipping. A new one is one file in `rules/` and one row of the test corpus.
+"""Optimizers as pure transforms, schedules, clipping. A new one is a file in `rules/`, a row of the test corpus, and its name in `__init__.pyi`.
 
 The names are in `__init__.pyi`; each is imported when touched, so no module here is called like a function.
 """

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import rng as keys
 from .. import tree
 from ..data import Window
-from ..errors import BatchError, LimitError, explain
+from ..errors import BatchError, LimitError, MetricError, explain
 from ..metrics import Mean, Metric
 from ..optim.lists import over
 from ..types import LOSS_SCALE, Batch, GradFn, Params
@@ -153,11 +153,23 @@ class Accumulated(GradWrapper):
                 continue
             total = over(_added, total, grads, scalars=(weight,))
             loss = loss.merge(own)
+            if metrics.keys() != merged.keys():
+                raise MetricError(_other_metrics(i, merged, metrics))
             merged = {name: merged[name].merge(metric) for name, metric in metrics.items()}
         # scale: ... and the sum by the weight of all; where that is 0, so is the sum
         weight = loss.weight.clamp(min=torch.finfo(loss.weight.dtype).tiny)
         mean = over(_divided, total, scalars=(weight,))
         return {name: mean[name].to(params[name].dtype) for name in mean}, loss, (merged, buffers)
+
+
+def _other_metrics(i: int, first: dict[str, Metric], now: dict[str, Metric]) -> str:
+    return explain(
+        "accumulation: the micro-batches have different metrics.",
+        where=f"micro-batch {i} of the batch, counted from 0",
+        expected=f"those of the first: {', '.join(first) or 'none'}",
+        got=", ".join(now) or "none",
+        fix="return the same names from loss_fn for every batch; ft.metrics.Mean(total, weight) with weight 0 counts for nothing",
+    )
 
 
 def _scaled(g: Any, weight: Any) -> Any:

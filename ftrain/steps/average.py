@@ -149,6 +149,8 @@ def with_ema(
         buffers: average the floating buffers (batch-norm statistics) too; False keeps those of the last average.
         name: key in `state.extra`. `state = step.init(state)` puts the average there; `ft.fit` does it by itself.
 
+    A step that makes no update (see `ft.with_loss_scale`) is averaged like any other, as `AveragedModel` does.
+
     Returns:
         A step. `ft.eval_step(model, fn, params="ema")` and `ft.to_module(model, state, params="ema")` use the average.
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import tree
 from ..data import Window
-from ..errors import LossError, ModelError, explain
+from ..errors import BatchError, LossError, ModelError, explain
 from ..metrics import Mean, Metric, normalise
 from ..types import Batch, Params
 from .regions import region
@@ -77,6 +77,16 @@ class Bound:
     def _call(
         self, params: Params, buffers: Params, batch: Batch, rng: Tensor
     ) -> tuple[Mean, tuple[dict[str, Metric], Params]]:
+        if isinstance(batch, Window):
+            raise BatchError(
+                explain(
+                    "a window of batches stands where one batch is needed.",
+                    expected="a batch",
+                    got=f"ft.data.Window of {len(batch.batches)} batches",
+                    cause="a gradient made by hand, without accumulation",
+                    fix="grad = ft.with_accumulation(ft.value_and_grad(loss))   # as in ft.train_step",
+                )
+            )
         self.skeleton.check(params, buffers)
         installed = Installed(self.skeleton, params, buffers)
         with installed as model:

@@ -103,7 +103,7 @@ def check_precision(policy: Policy, params: Params) -> None:
             )
     first = next(iter(params.values()), None)
     if first is not None:
-        check_supported(policy, first.device, "a train step")
+        check_supported(policy, first.device, "a step")
 
 
 def cast_inputs(policy: Policy, batch: Batch) -> Batch:

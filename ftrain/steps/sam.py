@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import ArgumentError, explain
 from ..optim.clipping import global_norm
 from ..optim.lists import over
 from ..optim.transform import nonnegative
@@ -59,6 +60,7 @@ def with_sam(grad_fn: GradFn, rho: float = 0.05, *, adaptive: bool = False) -> S
 
     Raises:
         LimitError: a negative radius.
+        ArgumentError: a schedule, or something else that is no number.
 
     Source: Foret et al., "Sharpness-aware minimization for efficiently improving generalization", ICLR 2021; adaptive: Kwon et
     al., "ASAM", ICML 2021.
@@ -70,5 +72,15 @@ def with_sam(grad_fn: GradFn, rho: float = 0.05, *, adaptive: bool = False) -> S
     >>> ft.with_sam(grad, rho=0.5)(params, {}, torch.ones(1, 1), ft.rng.key(0))[0]["weight"]
     tensor([[3.]])
     """
+    if isinstance(rho, bool) or not isinstance(rho, (int, float, Tensor)):
+        raise ArgumentError(
+            explain(
+                "with_sam: rho is neither a number nor a 0-d tensor.",
+                expected="a number >= 0, in units of the parameters",
+                got=type(rho).__name__,
+                cause="a gradient has no count of updates, which a schedule would need" if callable(rho) else None,
+                fix="rho=0.05",
+            )
+        )
     nonnegative(rho=rho)
     return Sharpness(grad_fn, rho, adaptive)
