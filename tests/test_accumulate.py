@@ -359,7 +359,7 @@ def test_a_window_for_a_gradient_without_accumulation() -> None:
         ({"batch_size": 8, "collate_fn": lambda rows: torch.stack(rows)[:4]}, None),
         ({"batch_sampler": [[0, 1, 2], [3]]}, None),
     ],
-    ids=str,
+    ids=["short", "dropped", "even", "one", "none", "collated", "sampled"],
 )
 def test_the_batches_of_a_loader_are_known_beforehand(options: dict[str, Any], sizes: tuple[int, ...] | None) -> None:
     loader = torch.utils.data.DataLoader(torch.ones(10, 2), **options)  # type: ignore[arg-type]  # a tensor is a dataset

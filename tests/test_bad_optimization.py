@@ -193,7 +193,7 @@ def test_a_loss_scale_stands_outside(wrap: Any) -> None:
         {"growth_interval": "2"},
         {"growth_interval": 1.5},
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)) + str(callable(next(iter(options.values())))),
 )
 def test_a_loss_scale_of_numbers_that_are_none(wrong: Any) -> None:
     with pytest.raises(LimitError, match=r"makes no sense(.|\n)*expected:"):
