@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from .. import tree
 from ..errors import ModelError, explain
 from ..types import Transform
@@ -52,7 +54,7 @@ class Partition(Transform):
         >>> tx.select({"w": torch.ones(1, 1), "b": torch.zeros(1)})
         {'1d': {'b': tensor([0.])}, '2d': {'w': tensor([[1.]])}}
         """
-        found = _labelled(self, params)
+        found = _labelled(self.labels, self.transforms, params)
         return {label: take(params, [one == label for one in found]) for label in self.transforms}
 
     def merge(self, params: Any, part: dict[str, Any]) -> Any:
@@ -95,16 +97,16 @@ def partition(labels: Labels, transforms: Mapping[str, Transform], *, allow_empt
     ['lr/new', 'lr/old']
     """
     _check_arguments(labels, transforms)
-    made: Partition
 
     def init(params: Any, /) -> dict[str, Any]:
-        groups = made.select(params)
+        found = _labelled(labels, transforms, params)
+        groups = {label: take(params, [one == label for one in found]) for label in transforms}
         if not allow_empty:
-            _check_used(made, params, groups)
+            _check_used(labels, found, groups)
         return {label: transforms[label].init(group) if group else () for label, group in groups.items()}
 
     def update(grads: Any, state: Any, params: Any, more: dict[str, Any]) -> tuple[Any, Any]:
-        found = _labelled(made, params)
+        found = _labelled(labels, transforms, params)
         new: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         for label, one in transforms.items():
@@ -117,14 +119,19 @@ def partition(labels: Labels, transforms: Mapping[str, Transform], *, allow_empt
             merged |= updates
         return put(grads, merged), new
 
-    made = Partition(*forwarding(init, update, *transforms.values()))
+    both = forwarding(init, update, *transforms.values())
+    if (
+        torch.compiler.is_compiling()
+    ):  # inside `inject`, which uses the two functions alone; dynamo (2.13) sets no attributes here
+        return both  # type: ignore[return-value]  # see above
+    made = Partition(*both)
     made.labels, made.transforms, made._allow_empty = labels, dict(transforms), allow_empty
     return made
 
 
-def _labelled(tx: Partition, params: Any) -> list[str]:
+def _labelled(labels: Labels, transforms: Mapping[str, Transform], params: Any) -> list[str]:
     """The label of each leaf, in the order of `tree.leaves`: a matter of paths and shapes, so constant under compile."""
-    labels, found = tx.labels, names(params)
+    found = names(params)
     if _by_pattern(labels):
         check_patterns([pattern for pattern in labels if pattern != "*"], found, "partition: labels")
         chosen: list[Any] = [_first(labels, name) for name in found]
@@ -152,7 +159,7 @@ def _labelled(tx: Partition, params: Any) -> list[str]:
             )
         chosen = tree.leaves(labels)
     for name, label in zip(found, chosen, strict=True):
-        _check_label(label, tx.transforms, name)
+        _check_label(label, transforms, name)
     return chosen
 
 
@@ -218,11 +225,11 @@ def _check_label(label: Any, transforms: Mapping[str, Transform], where: str) ->
         )
 
 
-def _check_used(tx: Partition, params: Any, groups: dict[str, dict[str, Any]]) -> None:
-    default = tx.labels.get("*") if _by_pattern(tx.labels) else None
+def _check_used(labels: Labels, found: list[str], groups: dict[str, dict[str, Any]]) -> None:
+    default = labels.get("*") if _by_pattern(labels) else None
     for label, group in groups.items():
         if not group and label != default:  # what a default leaves over may be nothing
-            raise ModelError(_unused(label, _labelled(tx, params)))
+            raise ModelError(_unused(label, found))
 
 
 def _unused(label: str, used: list[str]) -> str:

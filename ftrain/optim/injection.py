@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, explain
 from ..types import Transform
-from .transform import forwarding, is_schedule, new_count
+from .transform import forwarding, is_schedule, new_count, value_at
 
 __all__ = ["Injected", "inject"]
 
@@ -102,11 +102,11 @@ def inject(factory: Callable[..., Transform]) -> Callable[..., Transform]:
             hyper |= {
                 name: value.detach().to(count.device, torch.float64, copy=True) for name, value in tensors.items()
             }
-            hyper |= {name: schedule(count).to(torch.float64) for name, schedule in schedules.items()}
+            hyper |= {name: _tensor_at(schedule, count) for name, schedule in schedules.items()}
             return Injected(hyper, count, build(hyper).init(params), dict.fromkeys(schedules, ()))
 
         def update(grads: Any, state: Any, params: Any, more: dict[str, Any]) -> tuple[Any, Any]:
-            now = {name: schedule(state.count).to(torch.float64) for name, schedule in schedules.items()}
+            now = {name: _tensor_at(schedule, state.count) for name, schedule in schedules.items()}
             hyper = {**state.hyper, **now}
             updates, inner = build(hyper).update(grads, state.inner, params, **more)
             return updates, Injected(hyper, state.count + 1, inner, state.scheduled)
@@ -114,6 +114,12 @@ def inject(factory: Callable[..., Transform]) -> Callable[..., Transform]:
         return forwarding(init, update, made)
 
     return make
+
+
+def _tensor_at(schedule: Any, count: Tensor) -> Tensor:
+    value = value_at(schedule, count)
+    assert isinstance(value, Tensor), "a schedule gives a tensor, or value_at raises"
+    return value
 
 
 def _is_schedule(value: Any, parameter: inspect.Parameter | None) -> bool:

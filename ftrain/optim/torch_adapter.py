@@ -27,7 +27,7 @@ from .kept import Kept, read, snapshot, write
 from .masks import check_patterns, matches, names
 from .opaque import no_value_fn, refuse_trace
 from .rules.lbfgs import lbfgs
-from .torch_refusals import cannot_run, changes_by_itself, check_class, needs_closure, refused
+from .torch_refusals import cannot_run, changes_by_itself, check_class, check_settings, needs_closure, refused
 from .transform import is_schedule
 
 __all__ = ["TorchState", "from_torch"]
@@ -169,7 +169,7 @@ class Adapter:
         """Raise where the optimizer refuses its arguments, as soon as the transform is made."""
         arguments = self._arguments(torch.zeros((), dtype=torch.int64))
         all_of_them = [{"params": [torch.zeros(2, 2, requires_grad=True)], **own} for own in arguments.values()]
-        self._construct(all_of_them, arguments[""])
+        check_settings(self._construct(all_of_them, arguments[""]), self.hyper)
 
     def _members(self, leaves: Mapping[str, Any]) -> dict[str, list[str]]:
         """The names of the parameters in each group; groups without any are left out."""

@@ -12,7 +12,7 @@ from .masks import nearest
 
 Values = dict[str, Any]
 
-__all__ = ["cannot_run", "changes_by_itself", "check_class", "needs_closure", "refused"]
+__all__ = ["cannot_run", "changes_by_itself", "check_class", "check_settings", "needs_closure", "refused"]
 
 
 def needs_closure(kind: type) -> bool:
@@ -56,6 +56,30 @@ def check_class(optimizer: Any, hyper: Values) -> None:
                 fix="ft.optim.adamw(1e-3)   # as all of ft.optim, differentiable as it is",
             )
         )
+
+
+def check_settings(optimizer: torch.optim.Optimizer, groups: dict[str, Values]) -> None:
+    """Raise for a setting of a group that the optimizer does not know, which torch itself would not notice.
+
+    An optimizer of somebody else may read settings that no constructor has an argument for: there only a name that is nearly
+    right is refused.
+    """
+    kind = type(optimizer)
+    known = {*optimizer.defaults, *inspect.signature(kind).parameters} - {"params"}
+    theirs = not kind.__module__.startswith("torch.optim.")
+    for group, own in groups.items():
+        for name in own if group else ():
+            near = nearest(name, known)
+            if name not in known and not (theirs and near is None):
+                raise LimitError(
+                    explain(
+                        f"from_torch: {kind.__name__} knows no setting {name!r}, so it would do nothing.",
+                        where=f"groups[{group!r}]",
+                        expected=f"some of: {', '.join(sorted(known))}",
+                        got=f"{name}={own[name]!r}",
+                        fix=f"groups={{{group!r}: {{{near or 'lr'!r}: {own[name]!r}}}}}",
+                    )
+                )
 
 
 def refused(kind: type, hyper: Values, error: Exception) -> LimitError:

@@ -122,6 +122,12 @@ def takes_value_fn(tx: Transform) -> bool:
     >>> takes_value_fn(ft.optim.sgd(0.1))
     False
     """
+    if (
+        torch.compiler.is_compiling()
+    ):  # dynamo (2.13) cannot take the signature of a function that was made in a trace (`inject`)
+        code = getattr(tx.update, "__code__", None)
+        if code is not None:
+            return "value_fn" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     return "value_fn" in inspect.signature(tx.update).parameters
 
 
@@ -183,7 +189,19 @@ def value_at(hyper: float | Tensor | Schedule, count: Tensor) -> float | Tensor:
     """
     if isinstance(hyper, (int, float)):
         return hyper
-    return (hyper if isinstance(hyper, Tensor) else hyper(count)).to(torch.float64)
+    value = hyper if isinstance(hyper, Tensor) else hyper(count)
+    if not isinstance(value, Tensor):
+        raise ArgumentError(
+            explain(
+                "a schedule did not give a tensor.",
+                where=getattr(hyper, "__name__", type(hyper).__name__),
+                expected="a 0-d tensor, computed from the tensor of the step without a look at its value",
+                got=type(value).__name__,
+                cause="a number that was chosen by `if step < ...`, which would be read on the host at every update",
+                fix="lambda step: torch.where(step < 100, 0.1, 0.01)   # or ft.schedules.piecewise_constant(0.1, {100: 0.1})",
+            )
+        )
+    return value.to(torch.float64)
 
 
 def nonnegative(**hyper: Any) -> None:
