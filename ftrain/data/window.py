@@ -8,6 +8,7 @@ Laws
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -16,7 +17,7 @@ from .. import tree
 from ..errors import DataError, explain
 from .epochs import Epochs, as_epochs, close_iterator
 
-__all__ = ["Window", "Windows", "window"]
+__all__ = ["Window", "Windows", "ungrouped", "window"]
 
 Short = Literal["step", "drop", "carry"]
 Size = int | Callable[[int], int]
@@ -35,9 +36,12 @@ class Window:
     batches: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Windows:
-    """Data whose batches are grouped into windows; made by `window`, and taken by `fit`, `loop` and `evaluate` as data."""
+    """Data whose batches are grouped into windows; made by `window`, and taken by `fit` and `loop` as data.
+
+    `evaluate`, `predict` and `update_bn` take no steps, so to them it is the data inside, all of it.
+    """
 
     data: Any
     size: Size
@@ -54,9 +58,12 @@ class Windows:
                     fix=f"ft.data.window(data, {self.size!r}, batch_size={batch_size})",
                 )
             )
-        own = self.batch_size or batch_size
+        own = batch_size if self.batch_size is None else self.batch_size
         source = as_epochs(self.data, seed=seed, batch_size=own, shuffle=shuffle, what=what)
         return Epochs(_Grouped(source, self.size, self.short), self._length(source), source.once, source.sizes)
+
+    def __repr__(self) -> str:
+        return f"window({type(self.data).__name__}, {self.size!r}, short={self.short!r})"
 
     def _length(self, source: Epochs) -> int | None:
         """Windows in an epoch, where that is the same in every epoch."""
@@ -130,9 +137,39 @@ def window(data: Any, size: Size, *, short: Short = "step", batch_size: int | No
         )
     if not callable(size):
         _checked(size, "the size")
+    else:
+        _check_function(size)
     if isinstance(data, Windows):
         raise DataError(explain("ft.data.window: the data is grouped into windows already.", got=repr(data)))
     return Windows(data, size, short, batch_size)
+
+
+def ungrouped(data: Any, *, seed: int, batch_size: int | None, what: str) -> Epochs:
+    """Epochs for what takes no steps (an evaluation): of windows, the data inside, all of it; else as `as_epochs`.
+
+    >>> from ftrain.data.window import ungrouped, window
+    >>> list(ungrouped(window([1, 2, 3], 2), seed=0, batch_size=None, what="ft.evaluate")(0))
+    [1, 2, 3]
+    """
+    if isinstance(data, Windows):
+        data, batch_size = data.data, data.batch_size if batch_size is None else batch_size
+    return as_epochs(data, seed=seed, batch_size=batch_size, what=what)
+
+
+def _check_function(size: Callable[[int], int]) -> None:
+    try:
+        inspect.signature(size).bind(0)
+    except TypeError:
+        raise DataError(
+            explain(
+                "ft.data.window: the size is a function that cannot be called with an epoch.",
+                expected="a function epoch -> integer",
+                got=f"{getattr(size, '__name__', type(size).__name__)}{inspect.signature(size)}",
+                fix="ft.data.window(data, lambda epoch: 1 if epoch < 5 else 4)",
+            )
+        ) from None
+    except ValueError:  # a callable without a signature, as some in C
+        return
 
 
 def _checked(size: object, what: str) -> int:

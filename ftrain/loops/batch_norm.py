@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from .. import rng
-from ..data import as_epochs, close_iterator, to_device
+from ..data import close_iterator, to_device
+from ..data.window import ungrouped
 from ..errors import DataError, ModelError, explain
 from ..state import TrainState, check_state
 from ..steps.average import averaged
@@ -55,15 +56,17 @@ def update_bn(
     >>> ft.update_bn(model, state, [torch.tensor([[1.0], [3.0]])] * 2).buffers["running_mean"]
     tensor([2.])
     """
+    skeleton = Skeleton(model, train=True)
     check_state(state, "ft.update_bn")
     call: Callable[..., Any] = (lambda model, batch: model(batch)) if fn is None else fn
     wants_rng = takes_rng(call, 2, "fn", "fn(model, batch) or fn(model, batch, rng)")
     check_closure(model, call, "fn")
-    skeleton = Skeleton(model, train=True)
     skeleton.module.train()
     own, buffers = (state.params, state.buffers) if params is None else averaged(state, params, "ft.update_bn")
-    buffers = {**buffers, **_reset(skeleton.module, buffers)}
-    source = as_epochs(data, seed=state.counters().seed, batch_size=batch_size, what="ft.update_bn")
+    skeleton.check(own, {**state.frozen, **buffers})
+    reset = _reset(skeleton.module, buffers)
+    buffers = {**buffers, **reset}
+    source = ungrouped(data, seed=state.counters().seed, batch_size=batch_size, what="ft.update_bn")
     source.check("ft.update_bn")
     counters = state.counters()
     batches, count = source(0), 0
@@ -73,10 +76,18 @@ def update_bn(
             batch = to_device(raw, state.device)
             installed = Installed(skeleton, own, {**state.frozen, **buffers})
             with torch.no_grad(), rng.seeded(seed, state.device), installed as module:
-                if wants_rng:
-                    call(module, batch, rng.key(seed, state.device))
-                else:
-                    call(module, batch)
+                try:
+                    if wants_rng:
+                        call(module, batch, rng.key(seed, state.device))
+                    else:
+                        call(module, batch)
+                except Exception as error:
+                    if fn is None:
+                        error.add_note(
+                            "ftrain: ft.update_bn called model(batch); for other batches give it "
+                            "fn=lambda model, batch: model(batch['x'])"
+                        )
+                    raise
                 new = installed.buffers()
             installed.check_unwritten()
             buffers = {name: new[name] for name in state.buffers}
@@ -84,6 +95,18 @@ def update_bn(
         close_iterator(batches)
     if count == 0:
         raise DataError(explain("ft.update_bn: the data has no batches.", expected="at least one batch"))
+    if not any(
+        bool(buffers[name] > 0) for name in reset if name.endswith("num_batches_tracked")
+    ):  # one look, at the end
+        raise ModelError(
+            explain(
+                "ft.update_bn: no batch norm saw a batch, so there are no statistics.",
+                expected="an fn that calls the model",
+                got=getattr(fn, "__name__", repr(fn)),
+                cause="fn does not call its argument, or the batch norms are in evaluation mode",
+                fix="fn=lambda model, batch: model(batch['x'])",
+            )
+        )
     if params is None:
         return state.replace(buffers=buffers)
     average = state.extra[params]

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 
 from .. import rng
-from ..data import Epochs, as_epochs, close_iterator, to_device
+from ..data import Epochs, close_iterator, to_device
+from ..data.window import ungrouped
 from ..errors import DataError, LimitError, MetricError, StateError, explain
 from ..metrics import normalise
 from ..state import TrainState, check_state
@@ -135,7 +136,7 @@ def evaluate(
     {'size': 1.0}
     """
     check_state(state, "ft.evaluate")
-    source = as_epochs(data, seed=state.counters().seed, batch_size=batch_size, what="ft.evaluate")
+    source = ungrouped(data, seed=state.counters().seed, batch_size=batch_size, what="ft.evaluate")
     source.check("ft.evaluate")
     return run(state, prepare(eval_step, compile, donate=False, backend=backend, what="ft.evaluate"), source)
 
@@ -191,7 +192,7 @@ def predict(
     torch.Size([5, 1])
     """
     check_state(state, "ft.predict")
-    source = as_epochs(data, seed=state.counters().seed, batch_size=batch_size, what="ft.predict")
+    source = ungrouped(data, seed=state.counters().seed, batch_size=batch_size, what="ft.predict")
     source.check("ft.predict")
     return _outputs(
         state, prepare(predict_step, compile, donate=False, backend=backend, what="ft.predict"), source, "ft.predict"

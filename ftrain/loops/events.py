@@ -142,6 +142,19 @@ class Hooks:
         """Whether any hook wants this event; cheap, asked before an event is made."""
         return any(self._wants(when, kind, now) for _, when, _ in self._hooks)
 
+    def check_names(self, taken: set[str]) -> None:
+        """Raise where a hook would keep its memory under a name that the step uses."""
+        for name, _, hook in self._hooks:
+            if isinstance(hook, Hook) and name in taken:
+                raise HookError(
+                    explain(
+                        f"the step keeps something under the name {name!r}, and so does a hook.",
+                        where=f"state.extra[{name!r}]",
+                        expected="a name of its own for each wrapper and each hook with memory",
+                        fix=f'ft.Hook("{name}_hook", init, update)   # or name= of a ready-made hook',
+                    )
+                )
+
     def init(self, state: TrainState) -> TrainState:
         """The state with the memory of those hooks that have none in it yet."""
         extra = dict(state.extra)

@@ -10,9 +10,11 @@ from typing import Any
 
 from .. import rng, tree
 from ..data import Epochs, as_epochs
+from ..data.window import ungrouped
 from ..errors import DataError, LimitError, LossError, explain
 from ..sinks import History, Progress, Record, console
 from ..state import TrainState, check_state
+from ..steps.train import Stepped
 from .evaluate import Compile, Evaluator, prepare, run
 from .events import Event, Hook, Hooks
 from .limits import Limits
@@ -119,6 +121,7 @@ def fit(
     called = Hooks(hooks)
     evaluators = _evaluators(evals or {}, seed, compile, backend)
     compiled = prepare(step, compile, donate=True, backend=backend)
+    called.check_names(compiled.step.names() if isinstance(compiled.step, Stepped) else set())
     state = ready(state, compiled, data, source)
     state = called.init(state if donate else state.copy())
     shown = _progress(progress, state, limits, source)
@@ -359,7 +362,7 @@ def _evaluators(
                     f"ft.fit: evals[{name!r}].every is no cadence.", expected="ft.every(epochs=1)", got=repr(one.every)
                 )
             )
-        source = as_epochs(one.data, seed=seed, batch_size=one.batch_size, what=f"the evaluator {name!r}")
+        source = ungrouped(one.data, seed=seed, batch_size=one.batch_size, what=f"the evaluator {name!r}")
         source.check(f"the evaluator {name!r}")
         if source.once:
             raise DataError(

@@ -49,6 +49,8 @@ def split(batch: Batch, k: int, uneven: Uneven = "raise") -> list[Batch]:
     [[0, 1, 2], [3, 4]]
     """
     n = _rows(batch, k)
+    if n == 0:
+        raise BatchError(_no_samples(f"a batch without samples, {', '.join(tree.paths(batch, root='batch'))}"))
     if n % k and uneven == "raise":
         raise BatchError(uneven_text(n, k))
     whole, rest = divmod(n, k)
@@ -72,6 +74,15 @@ def uneven_text(n: int, k: int) -> str:
         fix=f"accumulate={below}                  # divides {n}\n"
         f'ft.with_accumulation(grad, {k}, uneven="split")   # parts whose sizes differ by one; exact all the same\n'
         f'ft.data.window(data, {k}, short="step")   # groups {k} loader batches; "drop" or "carry" what is left',
+    )
+
+
+def _no_samples(got: str) -> str:
+    return explain(
+        "accumulation: there is nothing to take a gradient of.",
+        expected="at least one sample",
+        got=got,
+        fix="leave such a batch out of the data",
     )
 
 
@@ -134,6 +145,8 @@ class Accumulated(GradWrapper):
         self, params: Params, buffers: Params, batch: Batch, rng: Tensor, /
     ) -> tuple[Params, Mean, tuple[dict[str, Metric], Params]]:
         parts = self.parts(batch)
+        if not parts:
+            raise BatchError(_no_samples("a window without batches"))
         if len(parts) == 1:
             return self.inner(params, buffers, parts[0], rng)
         scale = buffers.get(LOSS_SCALE)

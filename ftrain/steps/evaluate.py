@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from .. import rng
+from ..data import Window
+from ..errors import BatchError, explain
 from ..metrics import normalise
 from ..precision import Policy, as_policy
 from ..state import TrainState, check_state
@@ -50,6 +52,16 @@ class ReadStep:
             return self._read(state, batch)
         check_state(state, f"the step made from {self.name}")
         check_batch(batch, state.device)
+        if isinstance(batch, Window):
+            raise BatchError(
+                explain(
+                    "a window of batches stands where one batch is needed.",
+                    expected="a batch",
+                    got=f"ft.data.Window of {len(batch.batches)} batches",
+                    cause="windows are for steps that accumulate gradients",
+                    fix="for one in batch.batches: step(state, one)   # ft.evaluate and ft.predict do so by themselves",
+                )
+            )
         with seeded_by(state) as seed:
             return self._read(state, batch, seed)
 
