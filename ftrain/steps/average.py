@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import LimitError, StateError, StructureError, explain
 from ..optim.averaging import first_average, moved_average
-from ..optim.masks import some
+from ..optim.masks import nearest, some
 from ..optim.transform import nonnegative, value_at
 from ..state import TrainState
 from ..types import Batch, Metrics, Params, Schedule
@@ -70,8 +70,7 @@ class Averaged(Stepped):
 
     def names(self) -> set[str]:
         """The names of the sub-states that the step keeps in `state.extra`."""
-        inner = getattr(self.step, "names", None)
-        return {self.name} | (set() if inner is None else inner())
+        return {self.name} | (self.step.names() if isinstance(self.step, Stepped) else set())
 
     def check(self, state: TrainState, batch: Batch | None = None) -> None:
         """Raise unless the state has the average, and suits the step inside."""
@@ -109,6 +108,9 @@ class Averaged(Stepped):
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if not torch.compiler.is_compiling():
+            if torch.is_inference_mode_enabled():  # tensors made in there could never be trained
+                with torch.inference_mode(False):
+                    return self(state, batch)
             self.check(state, batch)
         new, metrics = step_result(self.step(state, batch), repr(self))
         after = region(self, self._average)(new.extra[self.name], new.params, new.buffers, new.step)
@@ -235,8 +237,7 @@ def _make(what: str, step: Any, weight: Any, *, start: int, every: int, buffers:
                 fix=f"step = ft.compile(ft.{what}(step, ...))",
             )
         )
-    names = getattr(step, "names", None)
-    if names is not None and name in names():
+    if isinstance(step, Stepped) and name in step.names():
         raise LimitError(
             explain(
                 f"ft.{what}: the step inside keeps something under the name {name!r} already.",
@@ -282,7 +283,9 @@ def averaged(state: TrainState, name: str, what: str) -> tuple[Params, Params]:
                 f"{what}: the state has no averaged parameters {name!r}.",
                 expected=f"one of: {', '.join(known) or 'none'}",
                 got=f"params={name!r}",
-                fix="step = ft.with_ema(step); state = step.init(state)",
+                fix=f"params={nearest(name, known) or known[0]!r}"
+                if known
+                else "step = ft.with_ema(step); state = step.init(state)",
             )
         )
     params = {key: leaf.to(state.params[key].dtype) for key, leaf in own.params.items()}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import tree
-from ..errors import LossError, explain
+from ..errors import LossError, ModelError, explain
 from ..metrics import Mean, Metric
 from ..optim.lists import inside_transform
 from ..types import LOSS_SCALE, Batch, Engine, GradFn, LossFn, Params
@@ -46,12 +46,15 @@ class SingleDevice:
             loss, (metrics, new_buffers) = loss_fn(leaves, buffers, batch, rng)
             if not loss.total.requires_grad:
                 raise LossError(_unconnected(leaves))
-            if not torch.compiler.is_compiling() and not self._looked:
+            first = not torch.compiler.is_compiling() and not self._looked
+            if first:
                 _check_graph(loss.total, leaves, getattr(loss_fn, "outer", None))
-                self._looked = True
             mean = _mean(loss, scale)
             grads = torch.autograd.grad(mean, list(leaves.values()), materialize_grads=True)
         found = dict(zip(leaves, grads, strict=True))
+        if first:
+            _check_dense(found)
+            self._looked = True
         return (
             found,
             Mean(loss.total.detach(), loss.weight),
@@ -164,6 +167,21 @@ def _check_graph(loss: Tensor, leaves: Params, outer: Callable[[Tensor], str | N
             )
     if found.keys().isdisjoint(own) and loss.grad_fn is not None and found:
         raise LossError(_unconnected(leaves))
+
+
+def _check_dense(grads: Params) -> None:
+    for name, g in grads.items():
+        if g.layout is not torch.strided:
+            raise ModelError(
+                explain(
+                    "a gradient is sparse, and the gradients of a step are dense.",
+                    where=name,
+                    expected="torch.strided",
+                    got=str(g.layout),
+                    cause="an embedding made with sparse=True",
+                    fix="nn.Embedding(n, d)   # sparse=False, which is the default",
+                )
+            )
 
 
 def _unconnected(leaves: Params) -> str:

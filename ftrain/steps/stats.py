@@ -37,10 +37,10 @@ class Measured(GradWrapper):
     def __call__(self, params: Params, buffers: Params, batch: Batch, rng: Tensor, /) -> Any:
         grads, loss, (metrics, new) = self.inner(params, buffers, batch, rng)
         told: dict[str, Metric] = {}
-        chosen = resolve(self.match, params, "with_grad_stats")
+        chosen = resolve(self.match, params, "with_grad_stats: match")
         scale = buffers.get(LOSS_SCALE)
         for name, wanted in zip(sorted(grads), chosen, strict=True):
-            if not wanted:
+            if not wanted or not grads[name].numel():
                 continue
             g = grads[name] if grads[name].element_size() >= 4 else grads[name].float()
             # scale: inside of a loss scale the gradient is that many times larger; what is told is that of the loss
