@@ -321,3 +321,22 @@ def test_an_eager_call_between_compiled_ones_compiles_nothing() -> None:
     step(state, torch.ones(4, 2))
     fast(state, torch.ones(4, 2))
     assert (fast.compiles, fast.recompiles) == (1, [])
+
+
+def test_an_lstm_compiles_where_torchs_flags_are_frozen() -> None:
+    case = MODELS["lstm"]
+    model, tx = case.model(), ft.optim.sgd(0.1)
+    before = (torch.backends.mkldnn.enabled, torch.backends.mkldnn.deterministic, torch.backends.mkldnn.allow_tf32)
+    frozen = torch.backends.flags_frozen()
+    torch.backends.disable_global_flags()  # what importing torch.testing._internal.common_utils does
+    try:
+        fast = ft.compile(ft.train_step(model, case.loss_fn, tx), backend="aot_eager", rung="step")
+        fast(ft.init(model, tx), case.batch())
+    finally:
+        torch.backends.__allow_nonbracketed_mutation_flag = not frozen
+    assert fast.compiles == 1
+    assert before == (
+        torch.backends.mkldnn.enabled,
+        torch.backends.mkldnn.deterministic,
+        torch.backends.mkldnn.allow_tf32,
+    )

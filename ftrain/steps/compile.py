@@ -24,7 +24,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -412,15 +412,12 @@ class CompiledStep:
         # AOTAutograd cannot differentiate oneDNN's LSTM, whose backward wants a workspace that tracing does not make ("got None
         # ... for argument 'workspace'", 2.13); without oneDNN an LSTM is traced as the matrix products that it is.
         recurrent = any(getattr(node.target, "__name__", "") == "lstm" for node in graph.graph.nodes)
-        onednn: Any = torch.backends.mkldnn
-        used = bool(onednn.enabled)
-        if recurrent and used:
-            onednn.enabled = False
-        try:
+        # None leaves the other flags alone: their defaults are not what they are (2.13 warns of TF32).
+        flags = functools.partial(torch.backends.mkldnn.flags, deterministic=None, allow_tf32=None, fp32_precision=None)
+        # By its context: where torch's flags are frozen (importing torch.testing._internal does that) they cannot be assigned to.
+        without = flags(enabled=False) if recurrent and torch._C._get_mkldnn_enabled() else nullcontext()
+        with without:
             compiled: Callable[..., Any] = self._compiler(graph, inputs)
-        finally:
-            if recurrent and used:
-                onednn.enabled = True
         self.compiles += 1
         self._compiled_now = True
         return compiled
