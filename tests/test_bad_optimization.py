@@ -13,6 +13,7 @@ import ftrain as ft
 from ftrain.errors import (
     ArgumentError,
     BatchError,
+    CompileError,
     DataError,
     FtrainError,
     HookError,
@@ -389,3 +390,17 @@ class Theirs(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 p.sub_(p.grad * group["lr"] / group.get("rank", 1))
+
+
+def test_a_vmapped_step_of_an_optimizer_of_torch_says_that_it_cannot() -> None:
+    model, tx = mlp(), ft.optim.from_torch(torch.optim.SGD, lr=0.1)
+    step, state = ft.train_step(model, cross_entropy, tx), ft.init(model, tx)
+    structure = ft.tree.structure(state)
+
+    def flat(leaves: list[Tensor]) -> list[Tensor]:
+        return ft.tree.leaves(step(ft.tree.unflatten(structure, leaves), BATCH)[0])
+
+    with pytest.raises(
+        CompileError, match=r"torch\.optim's SGD changes tensors in place, so it cannot run inside vmap"
+    ):
+        torch.func.vmap(flat)([torch.stack([leaf, leaf]) for leaf in ft.tree.leaves(state)])

@@ -122,6 +122,7 @@ class Adapter:
         self.on_device = bool(hyper.get("fused") or hyper.get("capturable"))
 
     def init(self, params: Any, /) -> TorchState:
+        refuse_trace(f"torch.optim's {self.kind.__name__}", "changes tensors in place")
         leaves = dict(zip(names(params), tree.leaves(params), strict=True))
         check_patterns([group for group in self.hyper if group], list(leaves), "from_torch: groups")
         count = torch.zeros((), dtype=torch.int64)
