@@ -68,6 +68,21 @@ def test_float32_by_name_is_float32_without_a_name() -> None:
     assert bits(one) == bits(two)
 
 
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_an_autocast_of_the_callers_does_not_reach_into_a_precision_that_is_named(backend: str | None) -> None:
+    case = MODELS["two_heads"]
+    module, tx = case.model(), ft.optim.sgd(1.0)
+    step: Any = ft.train_step(module, case.loss_fn, tx, precision="32-true")
+    want, _ = step(ft.init(module, tx), case.batch())
+    if backend is not None:
+        step = ft.compile(step, backend=backend, donate=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, _ = step(ft.init(module, tx), case.batch())
+    # SGD: a step of Adam has the size of the learning rate whatever the gradient rounds to
+    for name, p in want.params.items():
+        torch.testing.assert_close(got.params[name], p, rtol=1e-5, atol=1e-7)  # bfloat16 has 3 digits
+
+
 def test_float64_computes_in_float64() -> None:
     case = MODELS["two_heads"]
     module, tx = case.model(), ft.optim.adam(1e-2)

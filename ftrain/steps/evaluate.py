@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,9 +24,6 @@ from .precision import cast_inputs, cast_outputs, check_precision, computing
 from .skeleton import Installed, Skeleton
 
 __all__ = ["eval_step", "predict_step", "to_module"]
-
-
-_AS_IT_IS = Policy()
 
 
 class ReadStep:
@@ -72,13 +70,14 @@ class ReadStep:
             params, own = averaged(state, self.params, f"the step made from {self.name}")
         buffers = {**state.frozen, **own}
         self.skeleton.check(params, buffers)
-        policy = self.policy or _AS_IT_IS
+        context: AbstractContextManager[Any] = nullcontext()
         if self.policy is not None:
-            check_precision(policy, params)
-            batch = cast_inputs(policy, batch)
-        with torch.no_grad(), computing(policy, state.device), Installed(self.skeleton, params, buffers) as model:
+            check_precision(self.policy, params)
+            batch = cast_inputs(self.policy, batch)
+            context = computing(self.policy, state.device)
+        with torch.no_grad(), context, Installed(self.skeleton, params, buffers) as model:
             out = self.fn(model, batch, key) if self.wants_rng else self.fn(model, batch)
-        return self._finish(out if self.policy is None else cast_outputs(policy, out), batch)
+        return self._finish(out if self.policy is None else cast_outputs(self.policy, out), batch)
 
     def _finish(self, out: Any, batch: Batch) -> Any:
         return out

@@ -8,7 +8,8 @@ Laws
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +34,12 @@ class Precise(LossWrapper):
         super().__init__(loss_fn)
         self.policy = policy
 
+    def scope(self, params: Params, buffers: Params) -> AbstractContextManager[Any]:
+        """The scope of the function inside; an autocast of the caller's reaches neither in it nor into the backward pass."""
+        inner = self.inner.scope(params, buffers)
+        device = next(iter(params.values())).device
+        return _without_autocast(inner, device) if torch.is_autocast_enabled(device.type) else inner
+
     def __call__(
         self, params: Params, buffers: Params, batch: Batch, rng: Tensor, /
     ) -> tuple[Mean, tuple[dict[str, Metric], Params]]:
@@ -42,6 +49,12 @@ class Precise(LossWrapper):
             loss, (metrics, new) = self.inner(params, buffers, cast_inputs(policy, batch), rng)
         out = cast_outputs(policy, (loss, metrics))
         return out[0], (out[1], new)
+
+
+@contextmanager
+def _without_autocast(inner: AbstractContextManager[Any], device: torch.device) -> Iterator[Any]:
+    with torch.autocast(device.type, enabled=False), inner as found:
+        yield found
 
 
 def with_precision(loss_fn: LossFn, precision: str | int | Policy) -> Precise:
@@ -80,9 +93,9 @@ def with_precision(loss_fn: LossFn, precision: str | int | Policy) -> Precise:
 
 
 def computing(policy: Policy, device: torch.device) -> AbstractContextManager[Any]:
-    """Context of the forward pass: autocast for mixed precisions, nothing else."""
+    """Context of the forward pass: autocast for mixed precisions, and none for the others, even inside of the caller's."""
     if not policy.mixed:
-        return nullcontext()
+        return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
     # Without its cache of converted weights: a block that is computed again in the backward pass would find other casts than in the
     # forward pass ("encountered during backward but not found in storage", 2.13).
     return torch.autocast(device.type, dtype=policy.compute, cache_enabled=False)
