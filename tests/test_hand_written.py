@@ -765,3 +765,25 @@ def test_a_batch_that_cannot_be_cut_is_told_before_the_run(gan: Any) -> None:
     step, batch = ft.as_step(update, uses=[update]), gan_batches(1, n=16)[0]
     with pytest.raises(ft.errors.BatchError, match="a batch of 8 samples cannot be cut into 3 equal micro-batches"):
         ft.fit(ft.init(model, tx), step, batch, batch_size=8, epochs=1, progress=False, compile=False)
+
+
+def test_an_update_of_a_group_draws_from_one_key_eagerly_compiled_and_under_vmap() -> None:
+    def loss_fn(model: Any, batch: torch.Tensor, rng: torch.Tensor) -> Any:
+        return (model["b"](batch) * ft.rng.uniform(rng)).mean()
+
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 1), "b": torch.nn.Linear(2, 1)})
+    tx = ft.optim.partition({"a.*": "a", "b.*": "b"}, {"a": ft.optim.sgd(0.1), "b": ft.optim.sgd(0.1)})
+    update = ft.make_update(ft.value_and_grad(ft.bind(model, loss_fn)), tx, only="b")
+    step = ft.as_step(update, uses=[update])
+    state, batch = ft.init(model, tx, seed=3), torch.ones(4, 2)
+    eager = step(state, batch)[0].params["b.weight"]
+    compiled = ft.compile(step, backend="eager", donate=False)(state, batch)[0].params["b.weight"]
+    structure = tree.structure(state)
+
+    def over_leaves(leaves: list[torch.Tensor]) -> torch.Tensor:
+        return step(tree.unflatten(structure, leaves), batch)[0].params["b.weight"]
+
+    mapped = torch.func.vmap(over_leaves)([torch.stack([leaf, leaf]) for leaf in tree.leaves(state)])
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(mapped, torch.stack([eager, eager]))
+    assert not torch.equal(eager, state.params["b.weight"])

@@ -111,21 +111,23 @@ class Update:
         return opt[self.only]
 
     def __call__(self, state: TrainState, batch: Batch, key: Tensor | None = None) -> tuple[TrainState, Metrics]:
-        salt = self._salt
         if torch.compiler.is_compiling():
-            if key is None:
-                key = rng.fold_in(state.seed, state.step)
-                for number in salt:
-                    key = rng.fold_in(key, number)
-            changes, metrics = self.changes(state, batch, key)
+            changes, metrics = self.changes(state, batch, self._key(state) if key is None else key)
             return state.replace(**changes), metrics
         check_state(state, "an update")
         self.check(state, batch)
-        with seeded_by(state, *salt) as seed:
+        with seeded_by(state, *self._salt) as seed:
             if key is None:
-                key = rng.fold_in(state.seed, state.step) if seed is None else rng.key(seed, state.device)
+                key = self._key(state) if seed is None else rng.key(seed, state.device)
             changes, metrics = self.changes(state, batch, key)
         return state.replace(**changes), metrics
+
+    def _key(self, state: TrainState) -> Tensor:
+        """This update's key where the host does not know it: in a trace, and inside vmap."""
+        key = rng.fold_in(state.seed, state.step)
+        for number in self._salt:
+            key = rng.fold_in(key, number)
+        return key
 
     def changes(self, state: TrainState, batch: Batch, key: Tensor) -> tuple[dict[str, Any], dict[str, Metric]]:
         """The fields of the state that the update changes, and the metrics."""
