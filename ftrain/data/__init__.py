@@ -3,7 +3,8 @@
 from .batches import to_device as to_device
 from .epochs import Epochs as Epochs
 from .epochs import as_epochs as as_epochs
-from .epochs import close_iterator as close_iterator
+from .reader import Reader as Reader
+from .reader import close_iterator as close_iterator
 from .window import Window as Window
 from .window import Windows as Windows
 from .window import window as window

@@ -18,33 +18,55 @@ from torch import Tensor
 
 from .. import rng, tree
 from ..errors import DataError, explain
+from .reader import Place, Reader, close_iterator
 
-__all__ = ["Epochs", "as_epochs", "close_iterator"]
+__all__ = ["Epochs", "as_epochs"]
 
 
 class Epochs:
-    """Data as a function of the epoch.
+    """Data as a function of the epoch: `epochs(epoch)` reads it from its first batch, `epochs(epoch, place)` from a place on.
+
+    Args:
+        make: `(epoch, place) -> iterator` of the batches from `place` on. `place["batch"]` batches were handed out before; the
+            rest of it is what the iterator's own method `place()` gave, where it has one.
+        length: see below, as the others.
 
     Attributes:
         length: batches in an epoch, or None where that is not known beforehand.
         once: whether the data can be iterated only once (a generator, say).
         sizes: how many samples its batches have, each size once, or None where that is not known beforehand.
+        facts: what tells this data from other data, as JSON (`{"kind": "arrays", "samples": 60000, "batch_size": 64, ...}`):
+            a checkpoint keeps it, and resuming compares it.
+        finish: `(batch, epoch, position) -> batch`, applied to each batch once its tensors lie on the state's device; or None.
+        between: gives what the place of the next epoch's start holds beside `"batch": 0`, once an epoch is over; or None.
     """
 
     def __init__(
         self,
-        make: Callable[[int], Iterator[Any]],
+        make: Callable[[int, Place], Iterator[Any]],
         length: int | None,
         once: bool = False,
         sizes: tuple[int, ...] | None = None,
+        *,
+        facts: Mapping[str, Any] | None = None,
+        finish: Callable[[Any, int, int], Any] | None = None,
+        between: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
         self._make = make
         self.length = length
         self.once = once
         self.sizes = sizes
+        self.facts = dict(facts or {})
+        self.finish = finish
+        self.between = between
 
-    def __call__(self, epoch: int) -> Iterator[Any]:
-        return self._make(epoch)
+    def __call__(self, epoch: int, place: Place | None = None) -> Reader:
+        start = place or {"batch": 0}
+        return Reader(self._make(epoch, start), start["batch"])
+
+    def start(self) -> dict[str, Any]:
+        """The place at which the next epoch begins, once an epoch is over."""
+        return {"batch": 0, **({} if self.between is None else self.between())}
 
     def check(self, what: str) -> None:
         """Raise where it is known beforehand that there are no batches."""
@@ -99,7 +121,12 @@ def as_epochs(
                 )
             )
         batches = data
-        return Epochs(lambda epoch: iter(batches), len(batches))
+        n = len(batches)
+
+        def rest(epoch: int, place: Place) -> Iterator[Any]:
+            return iter(batches) if not place["batch"] else (batches[i] for i in range(place["batch"], n))
+
+        return Epochs(rest, n, facts={"kind": "list", "batches": n})
     if isinstance(data, (Mapping, Tensor, np.ndarray)):
         raise DataError(
             explain(
@@ -109,7 +136,9 @@ def as_epochs(
             )
         )
     if callable(data) and not isinstance(data, Iterable):
-        return Epochs(lambda epoch: _isolated(lambda: data(epoch), seed, epoch, what), None)
+        return Epochs(
+            lambda epoch, place: _isolated(lambda: data(epoch), seed, epoch, what, place), None, facts={"kind": "function"}
+        )
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes, torch.utils.data.Dataset)):
         dataset = isinstance(data, torch.utils.data.Dataset)
         raise DataError(
@@ -122,14 +151,10 @@ def as_epochs(
         )
     once = isinstance(data, Iterator)
     length = None if once else _length(data)
-    return Epochs(lambda epoch: _isolated(lambda: data, seed, epoch, what), length, once, _sizes(data))
-
-
-def close_iterator(iterator: Iterator[Any]) -> None:
-    """Close an iterator that can be closed (a generator), so that its `finally` runs now."""
-    close = getattr(iterator, "close", None)
-    if close is not None:
-        close()
+    facts = {"kind": type(data).__name__, "batches": length}
+    return Epochs(
+        lambda epoch, place: _isolated(lambda: data, seed, epoch, what, place), length, once, _sizes(data), facts=facts
+    )
 
 
 def _sizes(data: Any) -> tuple[int, ...] | None:
@@ -159,7 +184,7 @@ def _length(data: Any) -> int | None:
         return None
 
 
-def _isolated(make: Callable[[], Any], seed: int, epoch: int, what: str) -> Iterator[Any]:
+def _isolated(make: Callable[[], Any], seed: int, epoch: int, what: str, place: Place) -> Iterator[Any]:
     """Iterate the user's code under generators that are a function of (seed, epoch)."""
     streams = rng.Isolated(rng.fold_in_host(seed, epoch, 0xDA7A))
     with streams:
@@ -174,6 +199,9 @@ def _isolated(make: Callable[[], Any], seed: int, epoch: int, what: str) -> Iter
             )
         iterator = iter(found)
     try:
+        with streams:
+            for _ in range(place["batch"]):
+                next(iterator, None)
         while True:
             with streams:
                 try:
@@ -234,11 +262,13 @@ def _arrays(data: Any, batch_size: int, seed: int, shuffle: bool, what: str) -> 
             )
     arrays = tree.map(_tensor, data)
 
-    def make(epoch: int) -> Iterator[Any]:
-        return _slices(arrays, n, batch_size, _order(n, seed, epoch) if shuffle else None)
+    def make(epoch: int, place: Place) -> Iterator[Any]:
+        order = _order(n, seed, epoch) if shuffle else None
+        return _slices(arrays, n, batch_size, order, place["batch"] * batch_size)
 
     rows = {min(batch_size, n), n % batch_size} - {0}
-    return Epochs(make, -(-n // batch_size), sizes=tuple(sorted(rows, reverse=True)))
+    facts = {"kind": "arrays", "samples": n, "batch_size": batch_size, "shuffle": shuffle, "seed": seed}
+    return Epochs(make, -(-n // batch_size), sizes=tuple(sorted(rows, reverse=True)), facts=facts)
 
 
 def _tensor(leaf: Any) -> Tensor:
@@ -252,12 +282,12 @@ def _order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.from_numpy(generator.permutation(n))
 
 
-def _slices(arrays: Any, n: int, batch_size: int, order: Tensor | None) -> Iterator[Any]:
+def _slices(arrays: Any, n: int, batch_size: int, order: Tensor | None, first: int = 0) -> Iterator[Any]:
     leaves, structure = tree.leaves(arrays), tree.structure(arrays)
     orders: dict[torch.device, Tensor] = (
         {} if order is None else {leaf.device: order.to(leaf.device) for leaf in leaves}
     )
-    for start in range(0, n, batch_size):
+    for start in range(first, n, batch_size):
         stop = min(start + batch_size, n)
         if order is None:
             rows = [leaf[start:stop] for leaf in leaves]

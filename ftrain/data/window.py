@@ -4,6 +4,8 @@ Laws
 ----
 - The batches of all windows, one after the other, are the batches of the data (but for those that `short="drop"` leaves out).
 - Every window but the last of an epoch has as many batches as its size says; with `short="carry"` that one has, too.
+- The place in the middle of an epoch holds the batches that were read but not handed out, so that windows can be carried over
+  the end of a process as they are over the end of an epoch.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from typing import Any, Literal, get_args
 
 from .. import tree
 from ..errors import DataError, explain
-from .epochs import Epochs, as_epochs, close_iterator
+from .epochs import Epochs, as_epochs
+from .reader import Place, Reader
 
 __all__ = ["Window", "Windows", "ungrouped", "window"]
 
@@ -60,7 +63,17 @@ class Windows:
             )
         own = batch_size if self.batch_size is None else self.batch_size
         source = as_epochs(self.data, seed=seed, batch_size=own, shuffle=shuffle, what=what)
-        return Epochs(_Grouped(source, self.size, self.short), self._length(source), source.once, source.sizes)
+        facts = {**source.facts, "window": self.size if isinstance(self.size, int) else "function", "short": self.short}
+        grouped = _Grouped(source, self.size, self.short)
+        return Epochs(
+            grouped,
+            self._length(source),
+            source.once,
+            source.sizes,
+            facts=facts,
+            finish=None if source.finish is None else _each(source.finish, self.size),
+            between=lambda: {"inner": source.start(), "over": list(grouped.over)},
+        )
 
     def __repr__(self) -> str:
         return f"window({type(self.data).__name__}, {self.size!r}, short={self.short!r})"
@@ -76,31 +89,61 @@ class Windows:
 
 
 class _Grouped:
-    """An epoch's windows. Keeps, for `short="carry"`, the batches that the epoch before left over."""
+    """Makes an epoch's windows. Keeps, for `short="carry"`, the batches that the epoch before left over."""
 
     def __init__(self, source: Epochs, size: Size, short: Short) -> None:
         self.source, self.size, self.short = source, size, short
         self.over: list[Any] = []
 
-    def __call__(self, epoch: int) -> Iterator[Any]:
+    def __call__(self, epoch: int, place: Place) -> Iterator[Any]:
         size = self.size if isinstance(self.size, int) else _checked(self.size(epoch), f"the size for epoch {epoch}")
-        waiting, self.over = self.over, []
-        batches = self.source(epoch)
-        try:
-            for batch in batches:
-                waiting.append(batch)
-                if len(waiting) >= size:
-                    full, waiting = waiting[:size], waiting[size:]
-                    yield Window(tuple(full))
-        finally:
-            close_iterator(batches)
-        while len(waiting) >= size:  # carried batches of an epoch with larger windows
-            full, waiting = waiting[:size], waiting[size:]
-            yield Window(tuple(full))
-        if waiting and self.short == "step":
-            yield Window(tuple(waiting))
-        elif self.short == "carry":
-            self.over = waiting
+        if "over" in place:
+            waiting = list(place["over"])
+        else:
+            waiting, self.over = self.over, []
+            if place["batch"]:  # a place that somebody counted
+                place = {"batch": place["batch"], "inner": {"batch": place["batch"] * size - len(waiting)}}
+        return _Grouping(self, self.source(epoch, place.get("inner")), waiting, size)
+
+
+class _Grouping(Iterator[Any]):
+    """The windows of one epoch."""
+
+    def __init__(self, owner: _Grouped, batches: Reader, waiting: list[Any], size: int) -> None:
+        self.owner, self.batches, self.waiting, self.size = owner, batches, waiting, size
+
+    def __next__(self) -> Window:
+        while len(self.waiting) < self.size:
+            try:
+                self.waiting.append(next(self.batches))
+            except StopIteration:
+                return self._last()
+        full, self.waiting = self.waiting[: self.size], self.waiting[self.size :]
+        return Window(tuple(full))
+
+    def _last(self) -> Window:
+        waiting, self.waiting = self.waiting, []
+        if waiting and self.owner.short == "step":
+            return Window(tuple(waiting))
+        if self.owner.short == "carry":
+            self.owner.over.extend(waiting)
+        raise StopIteration
+
+    def place(self) -> dict[str, Any]:
+        return {"inner": self.batches.place(), "over": list(self.waiting or self.owner.over)}
+
+    def close(self) -> None:
+        self.batches.close()
+
+
+def _each(finish: Callable[[Any, int, int], Any], size: Size) -> Callable[[Any, int, int], Any]:
+    """`finish` for each batch in a window, under the position that it would have by itself."""
+
+    def windows(found: Window, epoch: int, position: int) -> Window:
+        n = size if isinstance(size, int) else size(epoch)
+        return Window(tuple(finish(one, epoch, position * n + i) for i, one in enumerate(found.batches)))
+
+    return windows
 
 
 def window(data: Any, size: Size, *, short: Short = "step", batch_size: int | None = None) -> Windows:
