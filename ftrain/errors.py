@@ -10,9 +10,11 @@ from __future__ import annotations
 __all__ = [
     "ArgumentError",
     "BatchError",
+    "CheckpointError",
     "CompileError",
     "CompileWarning",
     "DataError",
+    "DataWarning",
     "DeviceError",
     "DonatedStateError",
     "FtrainError",
@@ -23,6 +25,8 @@ __all__ = [
     "ModelError",
     "PrecisionError",
     "RecompileWarning",
+    "RestoreError",
+    "RestoreWarning",
     "StateError",
     "StructureError",
     "explain",
@@ -92,6 +96,22 @@ class HookError(FtrainError, TypeError):
 
 class CompileError(FtrainError, RuntimeError):
     """A step could not be compiled in the way that was asked for."""
+
+
+class CheckpointError(FtrainError, RuntimeError):
+    """A checkpoint could not be written or read, or its folder is not one to write into."""
+
+
+class RestoreError(FtrainError, ValueError):
+    """What a checkpoint holds does not fit what it is restored into."""
+
+
+class DataWarning(UserWarning):
+    """Data works, but not in the best way: it has to be read again to come to a place, say."""
+
+
+class RestoreWarning(UserWarning):
+    """A restore that was allowed to be partial left something out."""
 
 
 class CompileWarning(UserWarning):
