@@ -15,7 +15,7 @@ predict_step rng schedules sinks testing to_module train_step tree types until u
 with_ema with_float8 with_grad_stats with_loss_scale with_precision with_remat with_sam with_swa
 """
 INSIDE = {
-    "ftrain.data": "Epochs Window Windows as_epochs close_iterator to_device window",
+    "ftrain.data": "Epochs Feed Window Windows as_epochs close_iterator to_device window",
     "ftrain.optim": "AdadeltaState AdafactorState AdagradState AdamState AdamaxState AsgdState ClipState ConditionState "
     "CountState Injected LambState LbfgsState LearningRateState LionState MasterState MuonState NadamState "
     "NoiseState Partition RadamState RmspropState RoundingState RpropState SgdState SkipState TorchState "

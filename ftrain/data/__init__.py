@@ -3,6 +3,7 @@
 from .batches import to_device as to_device
 from .epochs import Epochs as Epochs
 from .epochs import as_epochs as as_epochs
+from .feed import Feed as Feed
 from .reader import Reader as Reader
 from .reader import close_iterator as close_iterator
 from .window import Window as Window

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import tree
 from ..errors import BatchError, explain
 
-__all__ = ["to_device"]
+__all__ = ["host_tensor", "to_device"]
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -38,20 +38,33 @@ def to_device(batch: Any, device: torch.device) -> Any:
     for leaf in tree.leaves(batch):
         if not isinstance(leaf, Tensor) or leaf.device != device:
             return tree.unflatten(
-                tree.structure(batch), [_convert(leaf, path, device) for path, leaf in tree.items(batch, root="batch")]
+                tree.structure(batch),
+                [
+                    host_tensor(leaf, path).to(device, non_blocking=True)
+                    for path, leaf in tree.items(batch, root="batch")
+                ],
             )
     return batch
 
 
-def _convert(leaf: Any, path: str, device: torch.device) -> Tensor:
+def host_tensor(leaf: Any, path: str) -> Tensor:
+    """A leaf as a tensor: one that is a tensor already where it lies, others on the CPU.
+
+    Args:
+        leaf: a tensor, a numpy array or a number.
+        path: where it stands in the batch, for the error.
+
+    Raises:
+        BatchError: it is something else.
+    """
     if isinstance(leaf, Tensor):
-        return leaf.to(device, non_blocking=True)
+        return leaf
     if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind in "biufc":
         # torch warns of arrays that may not be written to, and would alias them
         array = np.asarray(leaf)
-        return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device, non_blocking=True)
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
     if isinstance(leaf, (bool, int, float)):
-        return torch.tensor(leaf, device=device)
+        return torch.tensor(leaf)
     raise BatchError(
         explain(
             "the batch holds something that cannot be a tensor.",

@@ -62,7 +62,17 @@ class Epochs:
 
     def __call__(self, epoch: int, place: Place | None = None) -> Reader:
         start = place or {"batch": 0}
-        return Reader(self._make(epoch, start), start["batch"])
+        skip = start.get("skip", 0)  # see Reader.place: after an error
+        if skip:
+            start = {key: value for key, value in start.items() if key != "skip"} | {"batch": start["batch"] - skip}
+        reader = Reader(self._make(epoch, start), start["batch"], start)
+        try:
+            for _ in range(skip):
+                next(reader)
+        except BaseException:
+            reader.close()
+            raise
+        return reader
 
     def start(self) -> dict[str, Any]:
         """The place at which the next epoch begins, once an epoch is over."""
@@ -137,7 +147,9 @@ def as_epochs(
         )
     if callable(data) and not isinstance(data, Iterable):
         return Epochs(
-            lambda epoch, place: _isolated(lambda: data(epoch), seed, epoch, what, place), None, facts={"kind": "function"}
+            lambda epoch, place: _isolated(lambda: data(epoch), seed, epoch, what, place),
+            None,
+            facts={"kind": "function"},
         )
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes, torch.utils.data.Dataset)):
         dataset = isinstance(data, torch.utils.data.Dataset)
