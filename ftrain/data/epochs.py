@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import rng, tree
 from ..errors import DataError, explain
+from .order import permutation
 from .reader import Place, Reader, close_iterator
 
 __all__ = ["Epochs", "as_epochs"]
@@ -275,7 +276,7 @@ def _arrays(data: Any, batch_size: int, seed: int, shuffle: bool, what: str) -> 
     arrays = tree.map(_tensor, data)
 
     def make(epoch: int, place: Place) -> Iterator[Any]:
-        order = _order(n, seed, epoch) if shuffle else None
+        order = torch.from_numpy(permutation(n, seed, epoch)) if shuffle else None
         return _slices(arrays, n, batch_size, order, place["batch"] * batch_size)
 
     rows = {min(batch_size, n), n % batch_size} - {0}
@@ -287,11 +288,6 @@ def _tensor(leaf: Any) -> Tensor:
     if isinstance(leaf, Tensor):
         return leaf
     return torch.from_numpy(leaf if leaf.flags.writeable else leaf.copy())
-
-
-def _order(n: int, seed: int, epoch: int) -> Tensor:
-    generator = np.random.Generator(np.random.Philox(rng.fold_in_host(seed, epoch, 0x0BDE) & ((1 << 63) - 1)))
-    return torch.from_numpy(generator.permutation(n))
 
 
 def _slices(arrays: Any, n: int, batch_size: int, order: Tensor | None, first: int = 0) -> Iterator[Any]:
