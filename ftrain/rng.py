@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -298,7 +299,8 @@ class Isolated:
     """Streams of torch's, numpy's and Python's global generators that belong to a piece of user code (a data loader, say).
 
     Entering it puts the streams in place of the user's own, leaving it takes them out again and remembers where they were; so
-    the code inside draws one continuous stream that is a function of the seed, whatever happens between two entries.
+    the code inside draws one continuous stream that is a function of the seed, whatever happens between two entries. (The
+    second number of a pair that numpy's old `randn` keeps is dropped when it is left.)
 
     >>> import random
     >>> from ftrain import rng
@@ -306,13 +308,20 @@ class Isolated:
     >>> streams = rng.Isolated(seed=0)
     >>> with streams:
     ...     a = random.random()
+    >>> kept = streams.state()
     >>> with streams:
     ...     b = random.random()
     >>> a != b and random.getstate() == before
     True
+    >>> streams.take(kept)
+    >>> with streams:
+    ...     c = random.random()
+    >>> b == c
+    True
     """
 
-    __slots__ = ("_inner", "_outer")
+    __slots__ = ("_gauss", "_inner", "_outer")
+    _entered: ClassVar[int] = 0  # how many are entered now: the generators are the process's
 
     def __init__(self, seed: int) -> None:
         seed &= (1 << 63) - 1
@@ -323,6 +332,37 @@ class Isolated:
             random.Random(seed).getstate(),
         )
         self._outer: tuple[Any, Any, Any] | None = None
+        self._gauss: float | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Where the streams are, as a tree of arrays and numbers; also while they are entered."""
+        if self._outer is None:
+            torch_state, numpy_state = self._inner[0], {**self._inner[1].state, "has_gauss": 0, "gauss": 0.0}
+            python_state = self._inner[2]
+        else:
+            torch_state, python_state = torch.default_generator.get_state(), random.getstate()
+            numpy_state = np.random.get_state(legacy=False)
+        version, words, gauss = python_state
+        return {
+            "torch": torch_state.clone(),
+            "numpy": _copied(numpy_state),
+            "random": {"version": version, "words": np.array(words, dtype=np.uint32), "gauss": gauss},
+        }
+
+    def take(self, state: Mapping[str, Any]) -> None:
+        """Go on from where `state()` was, of these streams or others."""
+        numpy_state, python = dict(state["numpy"]), state["random"]
+        bits: Any = getattr(np.random, numpy_state["bit_generator"])()
+        # a copy: the generators write into what they are given
+        bits.state = _copied({key: numpy_state[key] for key in bits.state})
+        words = tuple(int(word) for word in np.asarray(python["words"]))
+        new = (torch.as_tensor(state["torch"]).clone(), bits, (python["version"], words, python["gauss"]))
+        if self._outer is None:
+            self._inner = new
+            return
+        self._swap(new)
+        if numpy_state["has_gauss"] and numpy_state["bit_generator"] == "MT19937":
+            np.random.set_state(_copied(numpy_state))
 
     def _swap(self, to: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         was = (torch.default_generator.get_state(), _numpy.get_bit_generator(), random.getstate())
@@ -332,9 +372,31 @@ class Isolated:
         return was
 
     def __enter__(self) -> None:
+        # Exchanging numpy's bit generator forgets the kept half of a pair. The user's own is put back; between our streams it
+        # may go, since that is the same in every run, and asking for it takes longer than all of the rest.
+        if Isolated._entered == 0:
+            found = np.random.get_state(legacy=False)
+            # numpy can put it back for its default generator only
+            self._gauss = found["gauss"] if found["has_gauss"] and found["bit_generator"] == "MT19937" else None
+        Isolated._entered += 1
         self._outer = self._swap(self._inner)
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         assert self._outer is not None, "left without having been entered"
         self._inner = self._swap(self._outer)
         self._outer = None
+        Isolated._entered -= 1
+        if self._gauss is not None:
+            np.random.set_state({**np.random.get_state(legacy=False), "has_gauss": 1, "gauss": self._gauss})
+            self._gauss = None
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a bit generator of numpy, with arrays of its own."""
+    copied: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            copied[key] = _copied(value)
+        else:
+            copied[key] = value.copy() if isinstance(value, np.ndarray) else value
+    return copied

@@ -64,6 +64,9 @@ class CudaCopier:
         self._lent: torch.cuda.Event | None = None
 
     def start(self, batch: Any) -> Pending:
+        leaves = tree.leaves(batch)
+        if all(isinstance(leaf, Tensor) and leaf.device == self._device for leaf in leaves):
+            return Pending(batch, [], None, False)  # handed through as it is
         copies: list[Tensor] = []
         lent = False
         made = []
@@ -82,7 +85,7 @@ class CudaCopier:
                 copy = tensor.to(self._device, non_blocking=True)
                 made.append(copy)
                 copies.append(copy)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
         self._lent = done if lent else None
         return Pending(tree.unflatten(tree.structure(batch), made), copies, done, len(copies) == len(made))
@@ -106,7 +109,7 @@ class CudaCopier:
 @functools.cache
 def _side_stream(index: int) -> torch.cuda.Stream:
     """One for a device and the process: memory that is freed on a stream is only used again on that stream."""
-    return torch.cuda.Stream(device=index)
+    return torch.cuda.Stream(device=index)  # type: ignore[no-untyped-call]
 
 
 def copier_for(device: torch.device) -> Copier | None:
