@@ -1,3 +1,4 @@
+from . import checkpoint as checkpoint
 from . import data as data
 from . import errors as errors
 from . import loops as loops
@@ -9,6 +10,7 @@ from . import testing as testing
 from . import tree as tree
 from . import types as types
 from ._version import __version__ as __version__
+from .checkpoint import keep as keep
 from .loops import Evaluator as Evaluator
 from .loops import Event as Event
 from .loops import Hook as Hook
