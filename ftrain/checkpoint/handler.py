@@ -1,0 +1,136 @@
+"""Orbax's handler for tensors. Imported only inside functions: Orbax brings JAX along (a second, 140 MiB).
+
+The arrays that it writes are what Orbax writes for numpy arrays, and bear the same type name, so that anyone who has Orbax, and nothing of
+ftrain or torch, opens them. What differs: every chunk ends in a CRC-32C, so that a flipped bit is an error when it is read (without, 60 of
+60 went unnoticed); chunks are whole rows of about `CHUNK` bytes; nothing is compressed (zstd saves 8 % of a model's bytes for 3 times
+the time); and a restore reads straight into memory that is there already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from torch import Tensor
+
+from .dtypes import array_of, tensor_of
+
+__all__ = ["CHUNK", "Into", "TensorHandler", "array_handler"]
+
+CHUNK = 8 << 20  # bytes
+
+types = ocp.type_handlers
+
+
+@dataclasses.dataclass
+class Into(ocp.RestoreArgs):  # type: ignore[misc]  # Orbax has no types
+    """Where to read an array to: `target[...] = array[rows]`.
+
+    Attributes:
+        target: memory of the array's dtype; of its shape, or (with `rows`) of that of the rows.
+        rows: first row and the one after the last; None for all.
+        shape: the shape that the array must have.
+    """
+
+    target: np.ndarray[Any, Any] | None = None
+    rows: tuple[int, int] | None = None
+    shape: tuple[int, ...] = ()
+
+
+class TensorHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orbax has no types
+    """Writes and reads contiguous tensors on the CPU, whose memory must stay as it is until the write is over."""
+
+    def __init__(self, chunk: int = CHUNK) -> None:
+        self._chunk = chunk
+        self._numpy = types.NumpyHandler()
+
+    def typestr(self) -> str:
+        """The name under which Orbax's own handler for numpy arrays finds them."""
+        return "np.ndarray"
+
+    async def metadata(self, infos: Sequence[Any]) -> Any:
+        return await self._numpy.metadata(infos)
+
+    async def serialize(self, values: Sequence[Tensor], infos: Sequence[Any], args: Any = None) -> Any:
+        given = args or [ocp.SaveArgs()] * len(infos)
+        write = self._write([array_of(value) for value in values], infos, given)
+        return [ocp.future.CommitFutureAwaitingContractedSignals(write, name="ftrain")]
+
+    async def _write(self, arrays: Sequence[np.ndarray[Any, Any]], infos: Sequence[Any], args: Sequence[Any]) -> None:
+        specs: dict[Any, Any] = {}  # making one costs as much as a small write
+
+        def spec(array: np.ndarray[Any, Any], info: Any, arg: Any) -> Any:
+            key = (array.shape, array.dtype, str(arg))
+            if key not in specs:
+                chunk = rows_of(array.shape, array.itemsize, self._chunk)
+                made = types.get_json_tspec_write(
+                    info,
+                    use_ocdbt=info.is_ocdbt_checkpoint,
+                    global_shape=array.shape,
+                    local_shape=chunk,
+                    dtype=array.dtype,
+                    process_index=0,
+                    arg=arg,
+                )
+                made["metadata"]["codecs"][0]["configuration"]["codecs"].append({"name": "crc32c"})
+                specs[key] = made
+            made = specs[key]
+            return {**made, "kvstore": {**made["kvstore"], "path": info.name + "/"}}
+
+        async def one(array: np.ndarray[Any, Any], info: Any, arg: Any) -> None:
+            await info.await_path_creation()
+            made = tensorstore.Spec(spec(array, info, arg))
+            store = await tensorstore.open(made, create=True, open=True, context=info.ts_context)
+            await store.write(array, can_reference_source_data_indefinitely=True)
+
+        await asyncio.gather(*[one(*row) for row in zip(arrays, infos, args, strict=True)])
+
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Any:
+        given = args or [ocp.RestoreArgs()] * len(infos)
+
+        async def one(info: Any, arg: Any) -> Any:
+            await info.await_path_creation()
+            made = tensorstore.Spec(types.get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint))
+            store = await tensorstore.open(made, open=True, read=True, context=info.ts_context)
+            if not isinstance(arg, Into) or arg.target is None:
+                return tensor_of(await store.read())
+            if tuple(store.shape) != tuple(arg.shape) or store.dtype.numpy_dtype != arg.target.dtype:
+                raise ValueError(
+                    f"the array {info.name} is {store.dtype.name}{list(store.shape)}, but the index says "
+                    f"{arg.target.dtype}{list(arg.shape)}"
+                )
+            part = store if arg.rows is None else store[arg.rows[0] : arg.rows[1]]
+            if arg.rows is not None:
+                part = part.translate_to[(0,) * part.rank]
+            await tensorstore.array(arg.target, copy=False, write=True).write(part)
+            return arg.target
+
+        return list(await asyncio.gather(*[one(*row) for row in zip(infos, given, strict=True)]))
+
+
+def rows_of(shape: tuple[int, ...], itemsize: int, target: int) -> tuple[int, ...]:
+    """The shape of a chunk of at most about `target` bytes: whole rows, or parts of one row where that is larger.
+
+    >>> from ftrain.checkpoint.handler import rows_of
+    >>> rows_of((1000, 100), 4, 100_000), rows_of((2, 1000), 4, 1000)
+    ((250, 100), (1, 250))
+    """
+    chunk = list(shape)
+    for dim, n in enumerate(shape):
+        pieces = -(-math.prod(chunk) * itemsize // target)
+        if pieces <= 1:
+            break
+        chunk[dim] = -(-n // min(pieces, n))
+    return tuple(chunk)
+
+
+def array_handler() -> Any:
+    """Orbax's handler for trees, for nested dicts of tensors only."""
+    registry = types.create_type_handler_registry((Tensor, TensorHandler()))
+    return ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False, type_handler_registry=registry)

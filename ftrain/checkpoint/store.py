@@ -1,0 +1,546 @@
+"""`Store`: one folder of checkpoints. The only module that faces Orbax's `CheckpointManager`.
+
+A save is copied to host memory before `save` returns, and written in the background: by Orbax's handler for trees with our handler for
+tensors underneath, into a temporary folder, which is renamed when it is complete. `wait` returns once that has happened and everything is on the
+disk. Nothing is read, compared or deleted by Orbax, whose ways of doing so have traps (see the comments).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import tree as trees
+from ..errors import CheckpointError, RestoreError, explain
+from . import plain as plain_trees
+from . import record as records
+from .dtypes import array_of, dtype_named
+from .folder import ARRAYS, DOCUMENT, Folder, sync_tree
+from .matching import Match, describe, match
+from .packing import Layout, lay_out, nest
+from .paths import Rename, Select, leaf_paths, some
+from .report import Report
+from .staging import Staging
+
+__all__ = ["Store"]
+
+RESERVED = ("format", "step", "folder", "versions")
+PLAIN = "~plain"  # path of the arrays of plain trees; no key of a tree begins so
+TIMEOUT = 24 * 3600  # seconds for one save; Orbax's own limit of 20 minutes is short for a slow disk
+
+
+class Store:
+    """The checkpoints in one folder, by step. To be used from one thread, and closed.
+
+    Args:
+        path: the folder. To write makes it where there is none, and takes its lock.
+        write: whether to save and delete, or only to read.
+
+    Raises:
+        CheckpointError: the path is a file, cannot be written to, has another writer, or is another program's.
+
+    >>> import tempfile, torch
+    >>> from ftrain.checkpoint.store import Store
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     store = Store(path, write=True)
+    ...     store.save(10, {"w": torch.ones(2)}, {"note": "first"}, plain={"place": (3, 4)})
+    ...     store.wait()
+    ...     like = {"w": torch.empty(2, device="meta")}
+    ...     print(store.saved, store.load(10, like)[0], store.plain(10), store.document(10)["note"])
+    ...     store.close()
+    [10] {'w': tensor([1., 1.])} {'place': (3, 4)} first
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, write: bool) -> None:
+        self._folder = Folder(path, write=write)
+        self._write = write
+        self._staging = Staging()
+        self._manager: Any = None
+        self._stale = False  # whether the manager believes in a step that was deleted
+        self._pending: tuple[int, int] | None = None  # step and bytes of the save in the background
+        self._records: dict[int, records.Record] = {}
+        self.damaged: dict[int, str] = {}
+
+    @property
+    def path(self) -> str:
+        """The folder."""
+        return str(self._folder.path)
+
+    def step_path(self, step: int) -> Path:
+        """Where a step lies; it can be copied to another folder as a whole."""
+        return self._folder.step(step)
+
+    # -- what there is --------------------------------------------------------------------------------------------------------
+
+    @property
+    def saved(self) -> list[int]:
+        """The steps that are complete, ascending. Those whose record cannot be read are in `damaged`, with the reason."""
+        found = []
+        for step in self._folder.steps():
+            if not self._folder.record(step).exists():
+                continue
+            try:
+                self._record(step)
+            except CheckpointError as error:
+                self.damaged[step] = str(error)
+            else:
+                found.append(step)
+        return found
+
+    @property
+    def foreign(self) -> list[int]:
+        """The steps that were not written in this folder (copied there, or by another program): never deleted."""
+        return [step for step in self._folder.steps() if not self._own(step)]
+
+    def document(self, step: int) -> dict[str, Any]:
+        """The document that was saved with a step, and under `format`, `step`, `folder` and `versions` what wrote it.
+
+        Raises:
+            CheckpointError: there is no such step, or it is damaged.
+        """
+        record = self._known(step)
+        return {**plain_trees.decode(record["document"], []), **{name: record[name] for name in RESERVED}}
+
+    def describe(self, step: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype and shape of each leaf, by its path.
+
+        Raises:
+            CheckpointError: there is no such step, or it is damaged.
+        """
+        return {path: describe(entry) for path, entry in self._leaves(step).items()}
+
+    # -- saving ---------------------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        step: int,
+        tree: Any,
+        document: Mapping[str, Any],
+        *,
+        plain: Mapping[str, Any] | None = None,
+        block: bool = False,
+    ) -> None:
+        """Save a tree. Returns as soon as it is copied to host memory; what is wrong later is raised by the next call or by `wait`.
+
+        Args:
+            step: under which step; one that is not there yet.
+            tree: any pytree of tensors, numpy arrays and plain values.
+            document: a plain tree without tensors, which `document` gives back without reading the rest.
+            plain: plain trees, which `plain` gives back without a template.
+            block: wait until it is complete.
+
+        Raises:
+            CheckpointError: there is such a step already; a leaf cannot be saved; the last save, or this one, failed.
+        """
+        what = "saving a checkpoint"
+        self._may_write(what)
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise CheckpointError(explain(f"{what}: step={step!r} is no step.", expected="an integer >= 0"))
+        layout, record = self._compose(step, tree, document, plain, what)
+        self.wait()
+        if self._folder.step(step).exists():
+            raise CheckpointError(
+                explain(
+                    f"there is a checkpoint of step {step} already.",
+                    where=str(self._folder.step(step)),
+                    expected="a step that is not there yet",
+                    got=f"steps {some(map(str, self.saved))}",
+                )
+            )
+        staged = self._staging.copy(layout.arrays)
+        self._pending = (step, layout.nbytes)
+        try:
+            self._start(step, layout, staged, record)
+        except Exception as error:
+            raise self._failure(error) from error
+        if block:
+            self.wait()
+
+    def _compose(
+        self, step: int, tree: Any, document: Mapping[str, Any], plain: Mapping[str, Any] | None, what: str
+    ) -> tuple[Layout, records.Record]:
+        """Everything that can be refused is refused here, before anything is copied or written."""
+        said, arrays = plain_trees.encode(dict(document), "document")
+        taken = [name for name in RESERVED if name in document]
+        if arrays or taken:
+            raise CheckpointError(
+                explain(
+                    f"{what}: the document holds "
+                    + (f"the key {taken[0]!r}, which is ftrain's." if taken else "tensors."),
+                    expected="plain values, and other keys than " + ", ".join(RESERVED),
+                    fix="Store.save(step, tree, document, plain={...})   # tensors go in here",
+                )
+            )
+        coded, inner = plain_trees.encode(dict(plain or {}), "plain")
+        leaves = list(zip(leaf_paths(tree, what), trees.leaves(tree), strict=True))
+        layout = lay_out([*leaves, *((f"{PLAIN}/{i}", one) for i, one in enumerate(inner))], what)
+        return layout, records.make(step, self._folder.id, layout.entries, coded, said)
+
+    def _start(self, step: int, layout: Layout, staged: Sequence[Tensor], record: records.Record) -> None:
+        ocp = orbax()
+        if self._manager is None:
+            self._manager = self._make_manager()
+        elif self._stale:
+            self._manager.reload()
+        self._stale = False
+        items = {DOCUMENT: ocp.args.JsonSave(record)}
+        if staged:
+            arrays = nest((array.key, one) for array, one in zip(layout.arrays, staged, strict=True))
+            items[ARRAYS] = ocp.args.PyTreeSave(arrays)
+        # force: without it a step before the latest is left out, and False is all that says so
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def _make_manager(self) -> Any:
+        ocp = orbax()
+        from .handler import array_handler
+
+        return ocp.CheckpointManager(
+            self._folder.path,
+            item_handlers={ARRAYS: array_handler(), DOCUMENT: ocp.JsonCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(
+                cleanup_tmp_directories=True,
+                todelete_subdir=".trash",  # else its own deletion is not atomic: kill -9 leaves half of a step, listed
+                save_root_metadata=False,
+                lightweight_initialize=True,
+                async_options=ocp.AsyncOptions(
+                    timeout_secs=TIMEOUT,
+                    # True: a save that fails at once leaves threads that hold up the interpreter's exit for 300 s
+                    create_directories_asynchronously=False,
+                    post_finalization_callback=self._committed,
+                ),
+            ),
+        )
+
+    def _committed(self) -> None:
+        """In Orbax's thread, when the step has its final name: Orbax syncs the arrays, but not JSON, metadata and folders."""
+        if self._pending is not None:
+            sync_tree(self._folder.step(self._pending[0]))
+
+    def wait(self) -> None:
+        """Return when all that was saved is complete and on the disk.
+
+        Raises:
+            CheckpointError: a save failed; the cause is named. The checkpoints before it are untouched.
+        """
+        if self._pending is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failure(error) from error
+        self._pending = None
+
+    def _failure(self, error: Exception) -> CheckpointError:
+        """Clear away what a failed save left, and say what happened."""
+        assert self._pending is not None
+        (step, wanted), self._pending = self._pending, None
+        free = shutil.disk_usage(self._folder.path).free
+        self._folder.clear()
+        self._drop()
+        text = f"{type(error).__name__}: {error}"
+        full = "No space left" in text or "RESOURCE_EXHAUSTED" in text or "Disk quota" in text
+        return CheckpointError(
+            explain(
+                f"the checkpoint of step {step} could not be saved" + (": the disk is full." if full else "."),
+                where=str(self._folder.step(step)),
+                expected=f"{wanted:,} bytes of space" if full else None,
+                got=f"{free:,} bytes free" if full else None,
+                cause=text if len(text) < 1000 else text[:1000] + " ...",
+                fix="the earlier checkpoints are untouched: " + some(map(str, self.saved)),
+            )
+        )
+
+    def _drop(self) -> None:
+        """Close the manager. After a failure the next save makes a new one."""
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            manager.close()
+
+    # -- reading --------------------------------------------------------------------------------------------------------------
+
+    def compare(
+        self, step: int, like: Any, *, select: Select | None = None, rename: Rename | None = None, cast: bool = False
+    ) -> Report:
+        """How a step compares with a tree; no array is read.
+
+        Raises:
+            CheckpointError: there is no such step, or it is damaged.
+            RestoreError: `select` or `rename` makes no sense.
+        """
+        return self._match(step, like, select, rename, cast).report
+
+    def load(
+        self,
+        step: int,
+        like: Any,
+        *,
+        select: Select | None = None,
+        rename: Rename | None = None,
+        strict: bool = True,
+        cast: bool = False,
+    ) -> tuple[Any, Report]:
+        """A tree like `like` with the values of a step, and the comparison. For the arguments see `ftrain.restore`.
+
+        Raises:
+            CheckpointError: there is no such step, or it is damaged.
+            RestoreError: `strict`, and there are differences: all are listed, and nothing was read. Or a leaf of `like` that the
+                checkpoint does not give is on the meta device, so that it has no value.
+        """
+        found = self._match(step, like, select, rename, cast)
+        report = found.report
+        if strict and not report.fits:
+            lines = report.differences()
+            raise RestoreError(
+                explain(
+                    f"the checkpoint does not fit what it is restored into: {len(lines)} differences.",
+                    where=str(self._folder.step(step)),
+                    got="\n".join(lines[:50] + ([f"... {len(lines) - 50} more"] if len(lines) > 50 else [])),
+                    fix="strict=False takes what fits; rename= and select= say what goes where"
+                    + ("; cast=True converts dtypes" if report.dtypes else ""),
+                )
+            )
+        leaves = trees.leaves(like)
+        for path, leaf in zip(found.paths, leaves, strict=True):
+            if path not in found.entries and isinstance(leaf, Tensor) and leaf.is_meta:
+                raise RestoreError(
+                    explain(
+                        "a leaf that the checkpoint does not give has no value in like, either.",
+                        where=path,
+                        got=f"{trees.describe(leaf)}; {report}",
+                        fix="pass a `like` with values for the leaves that are to stay as they are",
+                    )
+                )
+        values = self._read(step, found.entries)
+        made = [
+            _like(values[path], leaf) if path in values else leaf
+            for path, leaf in zip(found.paths, leaves, strict=True)
+        ]
+        return trees.unflatten(trees.structure(like), made), report
+
+    def plain(self, step: int) -> dict[str, Any]:
+        """The plain trees that were saved with a step.
+
+        Raises:
+            CheckpointError: there is no such step, or it is damaged.
+        """
+        record = self._known(step)
+        entries = {path: entry for path, entry in record["index"].items() if path.startswith(PLAIN + "/")}
+        values = self._read(step, entries)
+        arrays = [values[f"{PLAIN}/{i}"] for i in range(len(entries))]
+        made: dict[str, Any] = plain_trees.decode(record["plain"], arrays)
+        return made
+
+    def _leaves(self, step: int) -> dict[str, dict[str, Any]]:
+        index = self._known(step)["index"]
+        return {path: entry for path, entry in index.items() if not path.startswith(PLAIN + "/")}
+
+    def _match(self, step: int, like: Any, select: Select | None, rename: Rename | None, cast: bool) -> Match:
+        where = (self.path, step)
+        return match(
+            where,
+            self._leaves(step),
+            (like, trees.leaves(like)),
+            select=select,
+            rename=rename,
+            cast=cast,
+            what=f"restoring step {step} of {self.path}",
+        )
+
+    def _read(self, step: int, entries: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        """The values of some entries: tensors on the CPU in memory of their own, arrays of numpy, and plain values."""
+        made: dict[str, Any] = {}
+        whole: dict[tuple[str, ...], Tensor] = {}
+        packed: dict[tuple[str, ...], list[tuple[str, dict[str, Any]]]] = {}
+        for path, entry in entries.items():
+            if "value" in entry:
+                made[path] = plain_trees.decode(entry["value"], [])
+                continue
+            if "at" in entry:
+                packed.setdefault(tuple(entry["array"]), []).append((path, entry))
+                continue
+            made[path] = tensor = torch.empty(entry["shape"], dtype=dtype_named(entry["dtype"]))
+            if "array" in entry:
+                whole[tuple(entry["array"])] = tensor
+        spans = {key: _span(rows) for key, rows in packed.items()}
+        packs = {
+            key: torch.empty(spans[key][1] - spans[key][0], dtype=dtype_named(rows[0][1]["dtype"]))
+            for key, rows in packed.items()
+        }
+        if whole or packs:
+            self._read_arrays(step, whole, packs, spans)
+        for key, rows in packed.items():
+            first = spans[key][0]
+            for path, entry in rows:
+                at, n = entry["at"] - first, int(np.prod(entry["shape"], dtype=np.int64))
+                made[path] = packs[key][at : at + n].view(entry["shape"]).clone()
+        for path, entry in entries.items():
+            if "numpy" in entry:
+                array = array_of(made[path])
+                made[path] = array if entry["numpy"] == "array" else array[()]
+        return made
+
+    def _read_arrays(
+        self,
+        step: int,
+        whole: Mapping[tuple[str, ...], Tensor],
+        packs: Mapping[tuple[str, ...], Tensor],
+        spans: Mapping[tuple[str, ...], tuple[int, int]],
+    ) -> None:
+        ocp = orbax()
+        from .handler import Into, array_handler
+
+        lengths = self._lengths(step) if packs else {}
+        args = {key: Into(target=array_of(one), shape=tuple(one.shape)) for key, one in whole.items()}
+        args |= {key: Into(target=array_of(one), rows=spans[key], shape=(lengths[key],)) for key, one in packs.items()}
+        wanted = nest((key, np.zeros(0)) for key in args)
+        folder = self._folder.step(step) / ARRAYS
+        try:
+            with ocp.Checkpointer(array_handler()) as reader:
+                reader.restore(
+                    folder,
+                    args=ocp.args.PyTreeRestore(item=wanted, restore_args=nest(args.items()), partial_restore=True),
+                )
+        except Exception as error:
+            raise CheckpointError(
+                explain(
+                    f"the checkpoint of step {step} is damaged: an array cannot be read.",
+                    where=str(folder),
+                    cause=f"{type(error).__name__}: {str(error)[:1000]}",
+                    fix=f"restore another step: {some(str(one) for one in self.saved if one != step)}",
+                )
+            ) from error
+
+    def _lengths(self, step: int) -> dict[tuple[str, ...], int]:
+        """How many elements each pack has."""
+        lengths: dict[tuple[str, ...], int] = {}
+        for entry in self._known(step)["index"].values():
+            if "at" in entry:
+                key = tuple(entry["array"])
+                end = entry["at"] + int(np.prod(entry["shape"], dtype=np.int64))
+                lengths[key] = max(lengths.get(key, 0), end)
+        return lengths
+
+    # -- deleting -------------------------------------------------------------------------------------------------------------
+
+    def delete(self, step: int) -> None:
+        """Delete a step. At every moment it is there as a whole or not at all.
+
+        Raises:
+            CheckpointError: there is no such step, or it was not written in this folder.
+        """
+        self._may_write("deleting a checkpoint")
+        if step not in self._folder.steps():
+            raise self._no_step(step)
+        if not self._own(step):
+            raise CheckpointError(
+                explain(
+                    f"the checkpoint of step {step} was not written in this folder, so it is not deleted.",
+                    where=str(self._folder.step(step)),
+                    cause="it was copied here, or is another program's",
+                    fix=f"shutil.rmtree({str(self._folder.step(step))!r})",
+                )
+            )
+        self._folder.discard(step)
+        self._records.pop(step, None)
+        self._stale = True
+
+    def close(self) -> None:
+        """Wait, let others write, and give the memory back.
+
+        Raises:
+            CheckpointError: a save failed.
+        """
+        try:
+            self.wait()
+            self._drop()
+        finally:
+            self._folder.close()
+            self._staging.release()
+            self._write = False
+
+    # -------------------------------------------------------------------------------------------------------------------------
+
+    def _may_write(self, what: str) -> None:
+        if not self._write:
+            raise CheckpointError(
+                explain(
+                    f"{what}: this store is closed, or was opened to read.",
+                    where=self.path,
+                    fix=f"Store({self.path!r}, write=True)",
+                )
+            )
+
+    def _own(self, step: int) -> bool:
+        try:
+            return bool(self._record(step)["folder"] == self._folder.id)
+        except CheckpointError:
+            return False
+
+    def _record(self, step: int) -> records.Record:
+        if step not in self._records or not self._folder.record(step).exists():
+            self._records[step] = records.read(self._folder.record(step))
+        return self._records[step]
+
+    def _known(self, step: int) -> records.Record:
+        if step not in self._folder.steps():
+            raise self._no_step(step)
+        return self._record(step)
+
+    def _no_step(self, step: int) -> CheckpointError:
+        saved = self.saved
+        return CheckpointError(
+            explain(
+                f"there is no checkpoint of step {step}." if saved else "there are no checkpoints.",
+                where=self.path,
+                expected=f"one of {', '.join(map(str, saved))}" if saved else "a folder with checkpoints",
+                got=None if self._folder.path.is_dir() else "no such folder",
+            )
+        )
+
+
+def _span(rows: Sequence[tuple[str, dict[str, Any]]]) -> tuple[int, int]:
+    """The part of a pack that holds these leaves."""
+    ends = [(entry["at"], entry["at"] + int(np.prod(entry["shape"], dtype=np.int64))) for _, entry in rows]
+    return min(first for first, _ in ends), max(last for _, last in ends)
+
+
+def _like(value: Any, leaf: Any) -> Any:
+    """A restored value with the device, dtype and memory layout of a leaf."""
+    if not isinstance(leaf, Tensor) or not isinstance(value, Tensor):
+        return value
+    device = torch.device("cpu") if leaf.is_meta else leaf.device
+    made = value
+    if device != value.device or leaf.dtype != value.dtype or leaf.stride() != value.stride():
+        # The strides of `like` count: another memory layout is another kernel, and other roundings.
+        made = torch.empty_like(leaf, device=device, requires_grad=False)
+        made.copy_(value)  # mutates: memory of our own
+    if isinstance(leaf, nn.Parameter):
+        return nn.Parameter(made, requires_grad=leaf.requires_grad)
+    return made.requires_grad_(leaf.requires_grad)
+
+
+def _quiet(record: logging.LogRecord) -> bool:
+    """Whether a line of the log is to be shown: Orbax's are errors, or none of the user's business (60 lines for a save)."""
+    return record.levelno >= logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def orbax() -> Any:
+    """Orbax, imported so that JAX leaves the GPU alone and the log stays readable."""
+    import jax
+
+    if jax.config.jax_platforms is None:
+        # Making a CheckpointManager starts JAX's backend, which by default takes the GPU and three quarters of its memory.
+        # Where JAX_PLATFORMS is set, that was the user's own choice.
+        jax.config.update("jax_platforms", "cpu")
+    import orbax.checkpoint as ocp
+
+    logging.getLogger("absl").addFilter(_quiet)  # the same filter is added only once
+    return ocp
