@@ -13,9 +13,12 @@ from ._version import __version__ as __version__
 from .checkpoint import keep as keep
 from .loops import Evaluator as Evaluator
 from .loops import Event as Event
+from .loops import Failure as Failure
 from .loops import Hook as Hook
 from .loops import Outcome as Outcome
+from .loops import Position as Position
 from .loops import Result as Result
+from .loops import Snapshot as Snapshot
 from .loops import Tick as Tick
 from .loops import at as at
 from .loops import evaluate as evaluate

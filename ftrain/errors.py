@@ -11,6 +11,7 @@ __all__ = [
     "ArgumentError",
     "BatchError",
     "CheckpointError",
+    "CheckpointWarning",
     "CompileError",
     "CompileWarning",
     "DataError",
@@ -108,6 +109,10 @@ class RestoreError(FtrainError, ValueError):
 
 class DataWarning(UserWarning):
     """Data works, but not in the best way: it has to be read again to come to a place, say."""
+
+
+class CheckpointWarning(UserWarning):
+    """Checkpoints are written, but not as was asked for."""
 
 
 class RestoreWarning(UserWarning):

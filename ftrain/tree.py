@@ -33,6 +33,7 @@ __all__ = [
     "map",
     "paths",
     "register",
+    "registered",
     "same_structure",
     "structure",
     "unflatten",
@@ -76,6 +77,16 @@ def fields(cls: type) -> tuple[str, ...]:
     ('total', 'weight')
     """
     return _fields[cls]
+
+
+def registered() -> list[type]:
+    """The classes that `register` made pytree nodes.
+
+    >>> from ftrain import metrics, tree
+    >>> metrics.Mean in tree.registered()
+    True
+    """
+    return list(_fields)
 
 
 def leaves(tree: Any) -> list[Any]:

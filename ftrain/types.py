@@ -16,7 +16,7 @@ the key they are given or, inside a step, from torch's default generators, which
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -27,6 +27,7 @@ from .metrics import Mean, Metric
 __all__ = [
     "LOSS_SCALE",
     "Batch",
+    "Checkpointer",
     "Engine",
     "EvalStep",
     "GradFn",
@@ -35,6 +36,7 @@ __all__ = [
     "LossFn",
     "Metrics",
     "Params",
+    "Saver",
     "Schedule",
     "Step",
     "Transform",
@@ -168,3 +170,65 @@ class Hook(Protocol[S_contra]):
     """`(state, event) -> state`, or `Outcome(state, metrics, stop)`; called between steps, on the host."""
 
     def __call__(self, state: S_contra, event: Any, /) -> Any: ...
+
+
+class Checkpointer(Protocol):
+    """What `fit(checkpoint=...)` takes: a place for checkpoints, and when and which to keep. `ft.Checkpoints` is one."""
+
+    def open(
+        self, like: Any, *, resume: Any, facts: Mapping[str, Any], evaluators: Sequence[str]
+    ) -> Saver:
+        """Begin a run.
+
+        Args:
+            like: the state with which the run would begin; a restored one is of the same kind.
+            resume: what the user passed to `fit`.
+            facts: what tells the run's data from other data.
+            evaluators: the names of the run's evaluators.
+
+        Raises:
+            CheckpointError, RestoreError: the place cannot be written to, or holds a run of another kind. Nothing was done then.
+        """
+        ...
+
+
+class Saver(Protocol):
+    """The checkpoints of one run that goes on. A snapshot is a `ftrain.loops.Snapshot`.
+
+    Attributes:
+        every: the cadence at which `fit` saves.
+        found: the snapshot to go on from, or None.
+        on_exception: whether `fit` saves when an exception ends the run.
+        on_signal: whether `fit` saves when a signal ends the run.
+        path: where the checkpoints are.
+    """
+
+    every: Any
+    found: Any
+    on_exception: bool
+    on_signal: bool
+    path: str
+
+    def save(self, snapshot: Any, /) -> None:
+        """Save; the snapshot's memory may be overwritten as soon as this returns."""
+        ...
+
+    def check_metrics(self, evaluator: str, metrics: Mapping[str, Any], /) -> None:
+        """Raise where what to keep depends on a metric that this evaluator was to give, and does not."""
+        ...
+
+    def newest(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        ...
+
+    def load(self, step: int, /) -> Any:
+        """The state of a checkpoint."""
+        ...
+
+    def wait(self) -> None:
+        """Return when all that was saved is complete; raises what went wrong."""
+        ...
+
+    def close(self, failed: bool = False, /) -> None:
+        """End: as `wait`, and others may write to the place now. After a failure of the run, own failures are not raised."""
+        ...

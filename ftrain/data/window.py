@@ -97,12 +97,11 @@ class _Grouped:
 
     def __call__(self, epoch: int, place: Place) -> Iterator[Any]:
         size = self.size if isinstance(self.size, int) else _checked(self.size(epoch), f"the size for epoch {epoch}")
+        waiting, self.over = self.over, []
         if "over" in place:
             waiting = list(place["over"])
-        else:
-            waiting, self.over = self.over, []
-            if place["batch"]:  # a place that somebody counted
-                place = {"batch": place["batch"], "inner": {"batch": place["batch"] * size - len(waiting)}}
+        elif place["batch"]:  # a place that somebody counted
+            place = {"batch": place["batch"], "inner": {"batch": place["batch"] * size - len(waiting)}}
         return _Grouping(self, self.source(epoch, place.get("inner")), waiting, size)
 
 

@@ -13,6 +13,9 @@ from .fit import Result as Result
 from .fit import fit as fit
 from .loop import Tick as Tick
 from .loop import loop as loop
+from .position import Position as Position
+from .snapshot import Failure as Failure
+from .snapshot import Snapshot as Snapshot
 from .units import Cadence as Cadence
 from .units import Clock as Clock
 from .units import at as at

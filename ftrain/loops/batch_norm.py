@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import rng
-from ..data import close_iterator, to_device
+from ..data import Feed
 from ..data.window import ungrouped
 from ..errors import DataError, ModelError, explain
 from ..state import TrainState, check_state
@@ -69,11 +69,10 @@ def update_bn(
     source = ungrouped(data, seed=state.counters().seed, batch_size=batch_size, what="ft.update_bn")
     source.check("ft.update_bn")
     counters = state.counters()
-    batches, count = source(0), 0
+    feed, count = Feed(source(0), state.device, source.finish, 0), 0
     try:
-        for count, raw in enumerate(batches, start=1):
+        for count, batch in enumerate(feed, start=1):
             seed = rng.fold_in_host(counters.seed, counters.step, 0xB2, count)
-            batch = to_device(raw, state.device)
             installed = Installed(skeleton, own, {**state.frozen, **buffers})
             with torch.no_grad(), rng.seeded(seed, state.device), installed as module:
                 try:
@@ -92,7 +91,7 @@ def update_bn(
             installed.check_unwritten()
             buffers = {name: new[name] for name in state.buffers}
     finally:
-        close_iterator(batches)
+        feed.close()
     if count == 0:
         raise DataError(explain("ft.update_bn: the data has no batches.", expected="at least one batch"))
     if not any(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from .. import rng
-from ..data import Epochs, close_iterator, to_device
+from ..data import Epochs, Feed
 from ..data.window import ungrouped
 from ..errors import DataError, LimitError, MetricError, StateError, explain
 from ..metrics import normalise
@@ -23,6 +23,7 @@ from ..state import TrainState, check_state
 from ..steps.compile import CompiledStep
 from ..steps.compile import compile as compile_step
 from .meter import Meter
+from .signals import Signals
 from .units import Cadence, every
 
 __all__ = ["Evaluator", "evaluate", "predict", "prepare"]
@@ -141,13 +142,21 @@ def evaluate(
     return run(state, prepare(eval_step, compile, donate=False, backend=backend, what="ft.evaluate"), source)
 
 
-def run(state: TrainState, step: CompiledStep, source: Epochs, name: str = "ft.evaluate") -> dict[str, Any]:
-    """Evaluate over one pass of prepared data."""
+class Stopped(Exception):
+    """A signal asks the run to end: the evaluation that is running is left."""
+
+
+def run(
+    state: TrainState, step: CompiledStep, source: Epochs, name: str = "ft.evaluate", signals: Signals | None = None
+) -> dict[str, Any]:
+    """Evaluate over one pass of prepared data; raises `Stopped` where a signal comes in between."""
     meter = Meter()
     counters = state.counters()
     # Whatever a metric draws from numpy or random is a function of the state too, and disturbs nobody else's stream.
     with rng.Isolated(rng.fold_in_host(counters.seed, counters.step, 0xE7A1)):
         for out in _outputs(state, step, source, name):
+            if signals is not None and signals.reason is not None:
+                raise Stopped
             if isinstance(out, tuple):
                 raise MetricError(
                     explain(
@@ -202,14 +211,14 @@ def predict(
 def _outputs(state: TrainState, step: CompiledStep, source: Epochs, name: str) -> Iterator[Any]:
     counters = state.counters()
     count = 0
-    batches = source(0)
+    feed = Feed(source(0), state.device, source.finish, 0)
     try:
-        for count, raw in enumerate(batches, start=1):
+        for count, batch in enumerate(feed, start=1):
             seed = rng.fold_in_host(counters.seed, 0xE7A1, count)
             own = state.replace(seed=torch.tensor(seed, dtype=torch.int64, device=state.device))
             own.__dict__["_host"] = counters._replace(seed=seed)
-            yield step(own, to_device(raw, state.device))
+            yield step(own, batch)
     finally:
-        close_iterator(batches)
+        feed.close()
     if count == 0:
         raise DataError(explain(f"{name}: the data has no batches.", expected="at least one batch"))

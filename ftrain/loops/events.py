@@ -133,7 +133,7 @@ class Hooks:
                 )
             names.add(name)
             self._hooks.append((name, when, inner))
-        self._before = Clock()
+        self.before = Clock()
 
     def __bool__(self) -> bool:
         return bool(self._hooks)
@@ -189,14 +189,14 @@ class Hooks:
 
     def passed(self, now: Clock) -> None:
         """This moment is over: cadences are asked next about what comes after it."""
-        self._before = now
+        self.before = now
 
     def _wants(self, when: tuple[str | Cadence, ...] | None, kind: str, now: Clock) -> bool:
         return when is None or any(self._fires(one, kind, now) for one in when)
 
     def _fires(self, when: str | Cadence, kind: str, now: Clock) -> bool:
         if isinstance(when, Cadence):
-            return kind in ("start", "step") and when.fires(None if kind == "start" else self._before, now)
+            return kind in ("start", "step") and when.fires(None if kind == "start" else self.before, now)
         return when == kind
 
     def _with_memory(self, name: str, hook: Hook, state: TrainState, event: Event) -> Outcome:

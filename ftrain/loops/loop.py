@@ -5,17 +5,18 @@ Laws
 - `loop` is a fold: the state of the n-th tick is `step` applied n times to the first state, over the batches in order.
 - A consumer may replace the state between two ticks (`ticks.send(state)`); nothing else of the loop can be changed from outside.
 - It reads nothing from the device between ticks, and holds nothing after it ended.
+- `loop(tick.state, step, data, start=tick.position())` gives the ticks that are left: same states, same batches.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .. import tree
-from ..data import Epochs, as_epochs, close_iterator, to_device
+from ..data import Epochs, Feed, as_epochs
 from ..errors import DataError, StateError, explain
 from ..metrics import normalise
 from ..state import Counters, TrainState, check_state
@@ -25,6 +26,7 @@ from ..steps.compile import CompiledStep
 from ..steps.train import Stepped
 from ..types import Metrics
 from .limits import Limits
+from .position import Position, check_position
 from .units import Cadence, Clock
 
 __all__ = ["Tick", "loop"]
@@ -41,6 +43,7 @@ class Tick:
         epoch: the epoch that this step belongs to, from 0 on.
         samples: samples seen, as counted by the state.
         batch: position of the batch in its epoch, from 0 on.
+        waited: seconds spent waiting for data since the run began.
         end: True on the extra tick at the end of an epoch (only with `epoch_ends=True`): no step was taken for it.
 
     >>> import torch, ftrain as ft
@@ -58,7 +61,77 @@ class Tick:
     epoch: int
     samples: int
     batch: int
+    waited: float = 0.0
     end: bool = False
+    _run: _Run | None = field(default=None, repr=False, compare=False)
+
+    def ran(self) -> bool:
+        """Whether a loop gave this tick, which so knows where in the data it is.
+
+        >>> import ftrain as ft
+        >>> ft.Tick(None, {}, step=0, epoch=0, samples=0, batch=-1).ran()
+        False
+        """
+        return self._run is not None
+
+    def position(self) -> Position:
+        """Where the run is after this tick; ask before the next one. With the state, it is all that is needed to go on.
+
+        >>> import torch, ftrain as ft
+        >>> model, tx = torch.nn.Linear(1, 1), ft.optim.sgd(0.1)
+        >>> step = ft.train_step(model, lambda model, batch: model(batch).square().mean(), tx)
+        >>> tick = next(ft.loop(ft.init(model, tx), step, [torch.zeros(4, 1)] * 2))
+        >>> tick.position().epoch, tick.position().data, tick.position().clock.steps
+        (0, {'batch': 1}, 1)
+        """
+        return _running(self._run).position(self)
+
+    def last(self) -> bool:
+        """Whether this step was the last one of its epoch; where only the data can tell, reads one batch ahead.
+
+        >>> import torch, ftrain as ft
+        >>> model, tx = torch.nn.Linear(1, 1), ft.optim.sgd(0.1)
+        >>> step = ft.train_step(model, lambda model, batch: model(batch).square().mean(), tx)
+        >>> [tick.last() for tick in ft.loop(ft.init(model, tx), step, [torch.zeros(4, 1)] * 2)]
+        [False, True]
+        """
+        return self.end or _running(self._run).last(self)
+
+
+@dataclass(slots=True)
+class _Run:
+    """What the ticks of one run share."""
+
+    source: Epochs
+    begin: Counters  # of the state when the run began, in whichever process that was
+    started: float
+    done: int = 0  # epochs completed in this run
+    feed: Feed | None = None
+
+    def clock(self, tick: Tick) -> Clock:
+        return Clock(
+            tick.step - self.begin.step,
+            self.done,
+            tick.samples - self.begin.samples,
+            time.perf_counter() - self.started,
+        )
+
+    def position(self, tick: Tick) -> Position:
+        if tick.end:
+            return Position(tick.epoch + 1, self.source.start(), self.clock(tick))
+        assert self.feed is not None, "a step needs a batch"
+        return Position(tick.epoch, self.feed.place(), self.clock(tick))
+
+    def last(self, tick: Tick) -> bool:
+        if self.source.length is not None:
+            return tick.batch + 1 == self.source.length
+        return self.feed is not None and not self.feed.more()
+
+
+def _running(run: _Run | None) -> _Run:
+    if run is None:
+        raise StateError(explain("this tick was not given by ft.loop, so it has no position in any data."))
+    return run
 
 
 Ticks = Generator[Tick, TrainState | None, str]
@@ -75,6 +148,7 @@ def loop(
     batch_size: int | None = None,
     shuffle: bool = True,
     epoch_ends: bool = False,
+    start: Position | None = None,
 ) -> Ticks:
     """Apply a step to batch after batch, and give a `Tick` after each.
 
@@ -88,6 +162,8 @@ def loop(
         batch_size: for arrays: samples in a batch.
         shuffle: for arrays: a new order in each epoch, as a function of the state's seed and the epoch.
         epoch_ends: also give a tick with `end=True` when an epoch is complete, after its last step.
+        start: where in the data to begin, from `tick.position()` of the run that made `state`. Limits then count from where that
+            run began: with the same `epochs=`, the two together do what it alone would have done.
 
     Returns:
         A generator. `ticks.send(new_state)` in the loop's body makes it go on with another state; it returns the tick again, so
@@ -116,52 +192,75 @@ def loop(
     endless = epochs is None and steps is None and until is None and source.length is None
     # A for loop can be left at any time, so data without a length is no error here, as it is for fit.
     limits = Limits(1, None, None) if endless else Limits.of(epochs, steps, until, source, "ft.loop")
+    position = Position(begin.epoch) if start is None else check_position(start, begin, "ft.loop")
     state = ready(state, step, data, source)
-    return _run(state, step, source, limits, begin, epoch_ends=epoch_ends)
+    return _run(state, step, source, limits, begin, position, epoch_ends=epoch_ends)
 
 
 def _run(
-    state: TrainState, step: Callable[..., Any], source: Epochs, limits: Limits, begin: Counters, *, epoch_ends: bool
+    state: TrainState,
+    step: Callable[..., Any],
+    source: Epochs,
+    limits: Limits,
+    counters: Counters,
+    position: Position,
+    *,
+    epoch_ends: bool,
 ) -> Ticks:
     call = step if isinstance(step, (CompiledStep, Stepped)) else _seeded(step)
-    device = state.device
-    started = time.perf_counter()
-    taken = samples = done = 0  # steps, samples and completed epochs of this run
-    now = Clock()
+    device, clock = state.device, position.clock
+    run = _Run(
+        source,
+        Counters(
+            counters.step - clock.steps,
+            counters.epoch - clock.epochs,
+            counters.samples - clock.samples,
+            counters.seed,
+        ),
+        time.perf_counter() - clock.seconds,
+        clock.epochs,
+    )
+    count, samples, waited, fresh = counters.step, counters.samples, 0.0, True
+    now, place = clock, position.data
+    if clock != Clock():
+        reached = limits.reached(Clock(), clock)  # a run that was complete already
+        if reached is not None or (source.once and clock.epochs):
+            return reached or "data"
     like: Any = tree.map(_shell, state)
     while True:
-        epoch = begin.epoch + done
-        batches = source(epoch)
-        position = -1
+        epoch, over = run.begin.epoch + run.done, len(place.get("over", ()))
+        run.feed = feed = Feed(source(epoch, place), device, source.finish, epoch)
         try:
-            for position, raw in enumerate(batches):
-                batch = to_device(raw, device)
+            for batch in feed:
                 size = count_samples(batch)
                 state, metrics = _result(call(state, batch))
-                if taken == 0:
+                if fresh:
                     _check(like, state)
-                taken += 1
+                    fresh = False
+                count += 1
                 samples += size
-                tick = Tick(state, metrics, begin.step + taken, epoch, begin.samples + samples, position)
+                tick = Tick(state, metrics, count, epoch, samples, feed.read - 1, waited + feed.waited, False, run)
                 state = yield from _give(tick)
-                if position + 1 == source.length:
+                if feed.read == source.length:
                     continue  # the last batch: the epoch is completed first, then the limits are looked at
-                if limits.steps is not None and taken >= limits.steps:
+                if limits.steps is not None and count - run.begin.step >= limits.steps:
                     return "steps"
                 if limits.until is not None:
-                    before, now = now, _clock(taken, done, samples, started)
+                    before, now = now, run.clock(tick)
                     if limits.until.fires(before, now):
                         return "until"
         finally:
-            close_iterator(batches)
-        if position < 0:
-            raise DataError(_empty(epoch, done, source))
-        done += 1
+            feed.close()
+        place, waited = source.start(), waited + feed.waited
+        # An epoch may be shorter than a window that is carried on: then it leaves over more than the one before.
+        if feed.read == 0 and len(place.get("over", ())) <= over:
+            raise DataError(_empty(epoch, run.done, source))
+        run.done += 1
         state = state.next_epoch()
+        tick = Tick(state, {}, count, epoch, samples, feed.read - 1, waited, True, run)
         if epoch_ends:
-            tick = Tick(state, {}, begin.step + taken, epoch, begin.samples + samples, position, end=True)
             state = yield from _give(tick)
-        before, now = now, _clock(taken, done, samples, started)
+        before, now = now, run.clock(tick)
         reached = limits.reached(before, now)
         if reached is not None:
             return reached
@@ -190,10 +289,6 @@ def _give(tick: Tick) -> Generator[Tick, TrainState | None, TrainState]:
         tick.state = _sent(sent, tick.state)
         sent = yield tick
     return tick.state
-
-
-def _clock(taken: int, done: int, samples: int, started: float) -> Clock:
-    return Clock(taken, done, samples, time.perf_counter() - started)
 
 
 def _seeded(step: Callable[..., Any]) -> Callable[..., Any]:

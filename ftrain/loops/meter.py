@@ -1,6 +1,9 @@
 """The meter: collects the metrics of many steps on the device, and brings them to the host in one transfer.
 
-Law: `fetch` gives what merging all added metrics gives, computed in float64.
+Laws
+----
+- `fetch` gives what merging all added metrics gives, computed in float64.
+- A meter that took over another's `plain()` fetches what that one would have.
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import MetricError, explain
 from ..metrics import Collect, Metric
 from ..steps.packed import Packed
-from ..tree import fields
+from ..tree import fields, registered
 
-__all__ = ["Meter"]
+__all__ = ["Meter", "pack_metrics", "unpack_metrics"]
 
 # So many steps are kept as they are before their numbers are packed into one tensor (on the device, without a sync): bounds the
 # number of small tensors that stay alive between two log points.
@@ -70,6 +74,43 @@ class Meter:
             found[name] = Collect.fold(parts).compute().cpu()  # sync: values that are kept one by one
         self._packs, self._collected = [], {}
         return found
+
+    def plain(self) -> dict[str, Any]:
+        """What was collected so far, as nested dicts and lists of tensors; for a checkpoint."""
+        self._pack()
+        return {
+            "packs": [
+                {
+                    "names": list(one.names),
+                    "kinds": [_named(k) for k in one.kinds],
+                    "steps": one.steps,
+                    "stacks": one.stacks,
+                }
+                for one in self._packs
+            ],
+            "collected": {name: [list(parts) for parts in rows] for name, rows in self._collected.items()},
+        }
+
+    def take(self, plain: Mapping[str, Any], device: torch.device) -> None:
+        """Go on with what another meter had collected.
+
+        Raises:
+            MetricError: it had metrics of a kind that this process does not know.
+        """
+        self._waiting = []
+        self._packs = [
+            _Pack(
+                tuple(one["names"]),
+                tuple(_kind(name) for name in one["kinds"]),
+                one["steps"],
+                [stack.to(device) for stack in one["stacks"]],
+            )
+            for one in plain["packs"]
+        ]
+        self._collected = {
+            name: [tuple(part.to(device) for part in parts) for parts in rows]
+            for name, rows in plain["collected"].items()
+        }
 
     def _pack(self) -> None:
         """Stack the waiting scalars; runs of steps with the same metrics go together."""
@@ -134,3 +175,51 @@ def _parts(metric: Metric) -> Any:
         one = operator.attrgetter(*names)
         getter = _getters[kind] = one if len(names) > 1 else lambda m: (one(m),)
     return getter(metric)
+
+
+def _named(kind: type[Metric]) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _kind(name: str) -> type[Metric]:
+    """The class of this name among those that are registered; nothing is imported for the sake of a name."""
+    for kind in registered():
+        if issubclass(kind, Metric) and _named(kind) == name:
+            return kind
+    raise MetricError(
+        explain(
+            f"the checkpoint holds metrics of a kind that is not known here: {name}.",
+            expected="its class, registered with ftrain.tree.register",
+            fix=f"import {name.rpartition('.')[0]}   # before fit",
+        )
+    )
+
+
+def pack_metrics(metrics: Mapping[str, Metric]) -> dict[str, Any]:
+    """Metrics of one step as nested dicts and lists; `unpack_metrics` is the way back.
+
+    >>> from ftrain.loops.meter import pack_metrics
+    >>> from ftrain.metrics import Sum
+    >>> pack_metrics({"n": Sum(2.0)})
+    {'n': {'kind': 'ftrain.metrics.Sum', 'fields': [2.0]}}
+    """
+    return {
+        name: {"kind": _named(type(metric)), "fields": list(_parts(metric))} for name, metric in dict(metrics).items()
+    }
+
+
+def unpack_metrics(plain: Mapping[str, Any], device: torch.device) -> dict[str, Metric]:
+    """The metrics that `pack_metrics` packed, on a device.
+
+    >>> import torch
+    >>> from ftrain.loops.meter import unpack_metrics
+    >>> unpack_metrics({"n": {"kind": "ftrain.metrics.Sum", "fields": [2.0]}}, torch.device("cpu"))
+    {'n': Sum(total=2.0)}
+    """
+
+    def there(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        return tuple(there(one) for one in value) if isinstance(value, (tuple, list)) else value
+
+    return {name: _kind(one["kind"])(*[there(field) for field in one["fields"]]) for name, one in plain.items()}

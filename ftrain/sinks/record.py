@@ -26,6 +26,7 @@ class Record:
         seconds: wall-clock time since `fit` began.
         split: `"train"`, or the name of an evaluator.
         metrics: values by name, as Python floats (arrays for `Collect`), over the steps since the record before.
+        waited: seconds spent waiting for data since the record of training before (0 for an evaluator).
 
     >>> from ftrain.sinks import Record
     >>> Record(step=10, epoch=0, samples=160, seconds=0.5, split="val", metrics={"loss": 0.3}).named()
@@ -38,6 +39,7 @@ class Record:
     seconds: float
     split: str = "train"
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    waited: float = 0.0
 
     def named(self) -> dict[str, Any]:
         """The metrics under their full names: `loss` for training, `val/loss` for the evaluator `val`."""
@@ -108,7 +110,7 @@ class History(Sequence[Record]):
         """
         rows = [(r, r.named()) for r in self._records]
         columns: dict[str, list[Any]] = {
-            name: [getattr(r, name) for r, _ in rows] for name in ("step", "epoch", "samples", "seconds", "split")
+            name: [getattr(r, name) for r, _ in rows] for name in ("step", "epoch", "samples", "seconds", "split", "waited")
         }
         for name in self.names():
             columns[name] = [named.get(name) for _, named in rows]

@@ -30,7 +30,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .. import tree
+from .. import rng, tree
 from ..errors import CompileError, CompileWarning, FtrainError, RecompileWarning, StructureError, explain
 from ..metrics import Collect, Metric, normalise
 from ..state import TrainState, check_state
@@ -40,6 +40,7 @@ from .calls import check_batch, seeded_by
 from .changes import NO_COMPILER, Recompile, difference, doubt, first_line, innermost, signature
 from .donation import carry, consume, overwrite
 from .packed import Packed
+from .rehearsal import Shapes, imitate, shapes
 from .regions import using
 from .wrap import check_level
 
@@ -174,6 +175,8 @@ class CompiledStep:
         self._whole_fn: Callable[..., Any] | None = None
         self._compiled_now = False
         self._complained = False
+        self._shapes: list[Shapes] = []  # of the batches for which something was compiled, in order
+        self._rehearsal: list[Shapes] = []
         self._foreign = _LEAVES_OUTSIDE  # whether inputs with a gradient are known to be no mistake
 
     def __repr__(self) -> str:
@@ -183,6 +186,17 @@ class CompiledStep:
         """The state with the sub-states that the step's wrappers need, as the step itself gives it."""
         own = getattr(self.step, "init", None)
         return state if own is None else own(state)
+
+    def shapes(self) -> list[Shapes]:
+        """For which batches something was compiled, in order, as JSON: a `[dtype, [dimensions]]` for each leaf."""
+        return self._shapes or self._rehearsal
+
+    def rehearse(self, shapes: list[Shapes]) -> None:
+        """Compile, at the first call, for batches of these shapes first; has no effect where something is compiled already.
+
+        A process that goes on with another's run so gets the same programs, and the same numbers to the last bit.
+        """
+        self._rehearsal = shapes
 
     def __call__(self, state: TrainState, batch: Batch) -> Any:
         if torch.is_inference_mode_enabled():
@@ -231,7 +245,26 @@ class CompiledStep:
         check = getattr(self.step, "check", None)
         if check is not None:
             check(state, batch)
+        if self._rehearsal and not self._calls and self._rehearsal[0] != shapes(batch):
+            self._rehearse(state, batch)
         self._calls += 1
+        before = self.compiles
+        try:
+            return self._at_a_rung(state, batch)
+        finally:
+            if self.compiles > before:
+                self._shapes.append(shapes(batch))
+
+    def _rehearse(self, state: TrainState, batch: Batch) -> None:
+        wanted, self._rehearsal = self._rehearsal, []
+        for one in wanted:
+            zeros = imitate(batch, one)
+            if zeros is not None:
+                # What the user's code draws outside of torch belongs to the run, not to this.
+                with rng.Isolated(0):
+                    self(state.copy(), zeros)
+
+    def _at_a_rung(self, state: TrainState, batch: Batch) -> Any:
         if "_at" not in state.__dict__ and type(state.step) is Tensor and not state.step.is_meta:
             state.__dict__["_at"] = state.counters().step
         if self.rung is None:

@@ -1,0 +1,95 @@
+"""What is wrong with the arguments of `fit`, said before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .. import tree
+from ..data import Epochs
+from ..data.window import ungrouped
+from ..errors import DataError, LimitError, explain
+from .evaluate import Compile, Evaluator, prepare
+from .events import Hook
+from .units import Cadence
+
+__all__ = ["check_arguments", "check_evaluators"]
+
+
+def check_arguments(
+    evals: object,
+    hooks: object,
+    sinks: object,
+    log: object,
+    progress: object,
+    checkpoint: object = None,
+    resume: object = None,
+    snapshot: object = None,
+) -> None:
+    """Raise where an argument of `fit` is another kind of thing than it must be."""
+
+    def refuse(name: str, value: object, expected: str, fix: str) -> None:
+        raise LimitError(
+            explain(f"ft.fit: {name}= makes no sense.", expected=expected, got=tree.describe(value), fix=fix)
+        )
+
+    if evals is not None and not isinstance(evals, Mapping):
+        refuse("evals", evals, "a dict of evaluators by name", 'evals={"val": ft.Evaluator(step, data)}')
+    if not isinstance(hooks, Sequence) or isinstance(hooks, Hook):
+        refuse("hooks", hooks, "a list of hooks", "hooks=[hook]")
+    if not isinstance(sinks, Sequence) or not all(callable(sink) for sink in sinks):
+        refuse("sinks", sinks, "a list of functions of a record", "sinks=[print]")
+    if log is not None and not isinstance(log, Cadence):
+        refuse("log", log, "ft.every(...)", "log=ft.every(steps=10)")
+    if not isinstance(progress, bool) and not all(hasattr(progress, name) for name in ("refresh", "record", "close")):
+        refuse("progress", progress, "True, False, or what ft.sinks.console gives", "progress=False")
+    if checkpoint is not None and not hasattr(checkpoint, "open"):
+        refuse("checkpoint", checkpoint, "where and when to save", 'checkpoint=ft.Checkpoints("run/ckpt")')
+    if snapshot is not None and not isinstance(snapshot, Cadence):
+        refuse("snapshot", snapshot, "ft.every(...)", "snapshot=ft.every(steps=100)")
+    if resume is not None and checkpoint is None:
+        refuse(
+            "resume", resume, "None, as there is no checkpoint=", 'checkpoint=ft.Checkpoints("run/ckpt"), resume="auto"'
+        )
+
+
+def check_evaluators(
+    evals: Mapping[str, Evaluator], seed: int, compile: Compile, backend: str | Callable[..., Any]
+) -> dict[str, tuple[Any, Epochs, Cadence]]:
+    """The evaluators, ready to run: step, data and cadence by name; raises where one cannot."""
+    found: dict[str, tuple[Any, Epochs, Cadence]] = {}
+    for name, one in evals.items():
+        if not isinstance(one, Evaluator):
+            raise DataError(
+                explain(
+                    f"ft.fit: evals[{name!r}] is no evaluator.",
+                    expected="ft.Evaluator(step, data)",
+                    got=type(one).__name__,
+                    fix=f"evals={{{name!r}: ft.Evaluator(ft.eval_step(model, metric_fn), val_data)}}",
+                )
+            )
+        if name == "train" or "/" in name:
+            raise DataError(
+                explain(f"ft.fit: an evaluator cannot be called {name!r}.", expected='a name without "/", not "train"')
+            )
+        if not isinstance(one.every, Cadence):
+            raise DataError(
+                explain(
+                    f"ft.fit: evals[{name!r}].every is no cadence.", expected="ft.every(epochs=1)", got=repr(one.every)
+                )
+            )
+        source = ungrouped(one.data, seed=seed, batch_size=one.batch_size, what=f"the evaluator {name!r}")
+        source.check(f"the evaluator {name!r}")
+        if source.once:
+            raise DataError(
+                explain(
+                    f"ft.fit: the data of the evaluator {name!r} is an iterator, which is at its end after one evaluation.",
+                    expected="a list, a DataLoader, or a function epoch -> iterable",
+                )
+            )
+        found[name] = (
+            prepare(one.step, compile, donate=False, backend=backend, what=f"the evaluator {name!r}"),
+            source,
+            one.every,
+        )
+    return found
