@@ -90,20 +90,16 @@ class Feed(Iterator[Any]):
         """Whether another batch will come; reads it where nothing else can tell."""
         ahead = self._ahead
         if ahead is not _NOTHING:
-            if isinstance(ahead, StopIteration):
-                return False
-            if isinstance(ahead, BaseException):
-                raise ahead
-            return True
+            return not isinstance(ahead, StopIteration)
         began = perf_counter()
         try:
             return self._reader.more()
         finally:
             self.waited += perf_counter() - began
 
-    def place(self) -> dict[str, Any]:
-        """Where to go on after the batches that were handed out."""
-        return self._reader.place_at(self.read)
+    def place(self, read: int | None = None) -> dict[str, Any]:
+        """Where to go on after the batches that were handed out, or after `read` of them."""
+        return self._reader.place_at(self.read if read is None else read)
 
     def close(self) -> None:
         """End the reading, and whatever does it: generators, workers."""

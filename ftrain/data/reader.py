@@ -62,19 +62,24 @@ class Reader(Iterator[Any]):
             except BaseException:  # an interrupt, too: who knows how far the data has gone
                 self._broken = True
                 raise
+        elif isinstance(self._ahead, _Failed):
+            raise self._ahead.error
         else:
             batch, self._ahead, self._place = self._ahead, _NOTHING, None
         self.read += 1
         return batch
 
     def more(self) -> bool:
-        """Whether another batch will come; reads it where nothing else can tell."""
+        """Whether another batch will come; reads it where nothing else can tell. An error is raised when its batch is due."""
         if self._ahead is _NOTHING:
             place = None if self.steady else self.place()
             try:
                 self._ahead = next(self._batches)
             except StopIteration:
                 return False
+            except Exception as error:
+                self._broken, self._ahead = True, _Failed(error)
+                return True
             except BaseException:
                 self._broken = True
                 raise
@@ -106,6 +111,13 @@ class Reader(Iterator[Any]):
         """End the reading, and whatever does it: generators, workers."""
         self._ahead = _NOTHING
         close_iterator(self._batches)
+
+
+class _Failed:
+    """Stands for a batch that could not be read."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
 
 
 def close_iterator(iterator: Iterator[Any]) -> None:

@@ -102,7 +102,10 @@ class _Grouped:
             waiting = list(place["over"])
         elif place["batch"]:  # a place that somebody counted
             place = {"batch": place["batch"], "inner": {"batch": place["batch"] * size - len(waiting)}}
-        return _Grouping(self, self.source(epoch, place.get("inner")), waiting, size)
+        windows = _Grouping(self, self.source(epoch, place.get("inner")), waiting, size)
+        for _ in range(place.get("skip", 0)):
+            next(windows, None)
+        return windows
 
 
 class _Grouping(Iterator[Any]):

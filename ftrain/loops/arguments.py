@@ -22,6 +22,7 @@ def check_arguments(
     sinks: object,
     log: object,
     progress: object,
+    *,
     checkpoint: object = None,
     resume: object = None,
     snapshot: object = None,

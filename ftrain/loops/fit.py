@@ -129,7 +129,7 @@ def fit(
     ('epochs', 120, True)
     """
     check_state(state, "ft.fit")
-    check_arguments(evals, hooks, sinks, log, progress, checkpoint, resume, snapshot)
+    check_arguments(evals, hooks, sinks, log, progress, checkpoint=checkpoint, resume=resume, snapshot=snapshot)
     seed = state.counters().seed
     source = as_epochs(data, seed=seed, batch_size=batch_size, shuffle=shuffle, what="ft.fit")
     source.check("ft.fit")

@@ -108,6 +108,12 @@ class _Run:
     done: int = 0  # epochs completed in this run
     feed: Feed | None = None
 
+    @classmethod
+    def of(cls, source: Epochs, now: Counters, clock: Clock) -> _Run:
+        """The run of a state with these counters that has done so much since it began."""
+        begin = Counters(now.step - clock.steps, now.epoch - clock.epochs, now.samples - clock.samples, now.seed)
+        return cls(source, begin, time.perf_counter() - clock.seconds, clock.epochs)
+
     def clock(self, tick: Tick) -> Clock:
         return Clock(
             tick.step - self.begin.step,
@@ -120,7 +126,7 @@ class _Run:
         if tick.end:
             return Position(tick.epoch + 1, self.source.start(), self.clock(tick))
         assert self.feed is not None, "a step needs a batch"
-        return Position(tick.epoch, self.feed.place(), self.clock(tick))
+        return Position(tick.epoch, self.feed.place(tick.batch + 1), self.clock(tick))
 
     def last(self, tick: Tick) -> bool:
         if self.source.length is not None:
@@ -194,38 +200,20 @@ def loop(
     limits = Limits(1, None, None) if endless else Limits.of(epochs, steps, until, source, "ft.loop")
     position = Position(begin.epoch) if start is None else check_position(start, begin, "ft.loop")
     state = ready(state, step, data, source)
-    return _run(state, step, source, limits, begin, position, epoch_ends=epoch_ends)
+    return _run(state, step, _Run.of(source, begin, position.clock), limits, position, epoch_ends=epoch_ends)
 
 
 def _run(
-    state: TrainState,
-    step: Callable[..., Any],
-    source: Epochs,
-    limits: Limits,
-    counters: Counters,
-    position: Position,
-    *,
-    epoch_ends: bool,
+    state: TrainState, step: Callable[..., Any], run: _Run, limits: Limits, position: Position, *, epoch_ends: bool
 ) -> Ticks:
     call = step if isinstance(step, (CompiledStep, Stepped)) else _seeded(step)
-    device, clock = state.device, position.clock
-    run = _Run(
-        source,
-        Counters(
-            counters.step - clock.steps,
-            counters.epoch - clock.epochs,
-            counters.samples - clock.samples,
-            counters.seed,
-        ),
-        time.perf_counter() - clock.seconds,
-        clock.epochs,
-    )
-    count, samples, waited, fresh = counters.step, counters.samples, 0.0, True
-    now, place = clock, position.data
-    if clock != Clock():
-        reached = limits.reached(Clock(), clock)  # a run that was complete already
-        if reached is not None or (source.once and clock.epochs):
-            return reached or "data"
+    source, device = run.source, state.device
+    count, _, samples, _ = state.counters()
+    waited, fresh = 0.0, True
+    now, place = position.clock, position.data
+    reached = None if now == Clock() else _over(limits, source, Clock(), now)  # a run that was complete already
+    if reached is not None:
+        return reached
     like: Any = tree.map(_shell, state)
     while True:
         epoch, over = run.begin.epoch + run.done, len(place.get("over", ()))
@@ -261,11 +249,14 @@ def _run(
         if epoch_ends:
             state = yield from _give(tick)
         before, now = now, run.clock(tick)
-        reached = limits.reached(before, now)
+        reached = _over(limits, source, before, now)
         if reached is not None:
             return reached
-        if source.once:
-            return "data"
+
+
+def _over(limits: Limits, source: Epochs, before: Clock, now: Clock) -> str | None:
+    """Why the run ends here, between two steps, if it does."""
+    return limits.reached(before, now) or ("data" if source.once and now.epochs else None)
 
 
 def ready(state: TrainState, step: Any, data: Any, source: Epochs) -> TrainState:

@@ -5,7 +5,6 @@ Law: a session that took over another's snapshot does what that one would have d
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -104,6 +103,7 @@ class Session:
         outcome = self.hooks(state, self.event("end", tick, self.clock(tick), metrics=last, reason=reason))
         self.extra = self.extra | dict(outcome.metrics or {})
         for record in self.record(tick):
+            self.records.append(record)
             self.emit(record)
         return outcome.state, reason
 
@@ -317,7 +317,6 @@ class Session:
 
     def first_loss(self, tick: Tick) -> None:
         """The one look at a value before the first log point: a run that begins with NaN is wrong from the start."""
-        self.unchecked = False
         loss = tick.metrics.get("loss")
         value = None if loss is None else float(loss.compute())  # sync: once in a run
         if value is not None and not math.isfinite(value):
@@ -330,6 +329,7 @@ class Session:
                     fix="loss_fn(ft.to_module(model, state), batch)   # look at it eagerly, with torch.autograd.set_detect_anomaly",
                 )
             )
+        self.unchecked = False
 
     # -- when it goes wrong ---------------------------------------------------------------------------------------------------
 
@@ -383,18 +383,12 @@ class Session:
             return self.kept
         if failure.origin != "step":
             return None
-        shot = self.snapshot()
-        if shot.position.data["batch"] != failure.batch and self.attending is None:
-            # A batch was read for which no step was taken: it is to be read again.
-            if any(name != "batch" for name in shot.position.data):
-                return None
-            return dataclasses.replace(shot, position=dataclasses.replace(shot.position, data={"batch": failure.batch}))
-        return shot
+        return self.snapshot()
 
     def note(self, error: BaseException, given: TrainState | None) -> None:
         """Say where it happened (PEP 678)."""
         tick = self.tick
-        if tick is None or self.unchecked:
+        if tick is None or tick.batch < 0:
             where = "before the first step was complete"
         else:
             batch = "the end of the epoch" if tick.end else f"batch {tick.batch}"

@@ -40,8 +40,8 @@ from .calls import check_batch, seeded_by
 from .changes import NO_COMPILER, Recompile, difference, doubt, first_line, innermost, signature
 from .donation import carry, consume, overwrite
 from .packed import Packed
-from .rehearsal import Shapes, imitate, shapes
 from .regions import using
+from .rehearsal import Shapes, imitate, shapes
 from .wrap import check_level
 
 __all__ = ["CompiledStep", "Recompile", "Rung", "compile"]
