@@ -22,9 +22,23 @@ import numpy as np
 import torch
 
 from .. import tree
+from ..rng import fold_in_host
 from .collating import collate
 
-__all__ = ["ENDLESS", "At", "Indices", "Memo", "Node", "Part", "Routed", "Seeded", "Where", "as_array", "name_of", "shift"]
+__all__ = [
+    "ENDLESS",
+    "At",
+    "Indices",
+    "Memo",
+    "Node",
+    "Part",
+    "Routed",
+    "Seeded",
+    "Where",
+    "as_array",
+    "name_of",
+    "shift",
+]
 
 ENDLESS = math.inf
 T = TypeVar("T")
@@ -88,7 +102,8 @@ class Node:
         columnar: whether `gather` works.
         varies: whether what stands at a position, or the size, depends on `at`.
         steady: whether the size is the same in every epoch.
-        even: whether each item of `fixed()`'s base comes equally often in every epoch.
+        even: whether how often an item of `fixed()`'s base comes is the same in every epoch.
+        endless: whether the size is `ENDLESS`.
         foreign: whether making items runs code of the user, which may draw from the global generators.
         maps: how many functions with random numbers of their own stand in the chain up to here.
         shuffles: how many shuffles do.
@@ -100,6 +115,7 @@ class Node:
     varies: bool = False
     steady: bool = True
     even: bool = True
+    endless: bool = False
     foreign: bool = False
     maps: int = 0
     shuffles: int = 0
@@ -112,6 +128,7 @@ class Node:
         self.varies = any(one.varies for one in inputs)
         self.steady = all(one.steady for one in inputs)
         self.even = not self.varies
+        self.endless = any(one.endless for one in inputs)
         self.foreign = any(one.foreign for one in inputs)
         self.maps = max(one.maps for one in inputs)
         self.shuffles = max(one.shuffles for one in inputs)
@@ -226,8 +243,6 @@ class Seeded(Routed):
         self.inner, self.seed, self.salt = inner, seed, salt
 
     def _at(self, at: At) -> At:
-        from ..rng import fold_in_host
-
         return At(fold_in_host(at.seed, *self.salt) if self.seed is None else self.seed, at.epoch)
 
     def size(self, at: At) -> float:

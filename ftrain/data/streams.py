@@ -62,7 +62,9 @@ class Streams(AbstractContextManager[None]):
         own = _numpy.get_bit_generator()
         torch.default_generator.set_state(self._outer[0])
         _numpy.set_bit_generator(self._outer[1])
-        if self._normal["has_gauss"]:  # numpy keeps every second normal number beside the generator, and forgets it at a swap
+        if self._normal[
+            "has_gauss"
+        ]:  # numpy keeps every second normal number beside the generator, and forgets it at a swap
             _numpy.set_state(self._normal)
         random.setstate(self._outer[2])
         if type(own) is np.random.MT19937 and own is not self._outer[1]:
