@@ -10,6 +10,7 @@ from . import testing as testing
 from . import tree as tree
 from . import types as types
 from ._version import __version__ as __version__
+from .checkpoint import Checkpoints as Checkpoints
 from .checkpoint import keep as keep
 from .loops import Evaluator as Evaluator
 from .loops import Event as Event

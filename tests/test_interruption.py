@@ -5,6 +5,7 @@ import signal
 import threading
 
 import pytest
+
 import ftrain as ft
 
 from .test_resume import BATCHES, EVAL, MODEL, STEP, TX, Memory, assert_same, patience, run

@@ -1,4 +1,9 @@
+from .checkpoints import Checkpoints as Checkpoints
 from .entries import Entry as Entry
 from .entries import best as best
+from .exports import to_safetensors as to_safetensors
+from .exports import to_torch as to_torch
+from .imports import from_safetensors as from_safetensors
+from .imports import from_torch as from_torch
 from .keeping import Keep as Keep
 from .keeping import keep as keep

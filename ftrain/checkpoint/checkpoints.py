@@ -20,8 +20,9 @@ from ..errors import CheckpointError, CheckpointWarning, RestoreError, explain
 from ..loops import Position, Snapshot
 from ..loops.units import Cadence, every
 from ..state import TrainState
+from .entries import Entry, best
 from .journal import Journal
-from .keeping import Entry, Keep, best, keep
+from .keeping import Keep, keep
 
 if TYPE_CHECKING:
     from .store import Store
@@ -150,7 +151,9 @@ class Checkpoints:
 class RunCheckpoints:
     """The checkpoints of one run that goes on: a `ftrain.types.Saver`."""
 
-    def __init__(self, given: Checkpoints, store: Store, like: TrainState, resume: Any, facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self, given: Checkpoints, store: Store, like: TrainState, resume: Any, facts: Mapping[str, Any]
+    ) -> None:
         self.every, self.on_exception, self.on_signal = given.every, given.on_exception, given.on_signal
         self.path = str(given.path)
         self.given, self.store, self.like, self.facts = given, store, like, dict(facts)
@@ -238,7 +241,7 @@ class RunCheckpoints:
         """Delete what is not kept. Only of what is complete, so that the newest is never waited for."""
         if self.given.keep is None:
             return
-        complete = set(self.store.saved)
+        complete = set(self.store.saved) - set(self.store.foreign)
         known = [entry for entry in self.entries if entry.step in complete]
         kept = self.given.keep.kept(known)
         for entry in known:
@@ -251,6 +254,8 @@ class RunCheckpoints:
     def _which(self, resume: Any) -> int | None:
         """The step to go on with."""
         saved = self.store.saved
+        for broken, cause in self.store.damaged.items():
+            raise _damaged(self.store, broken, saved, cause)
         if resume is None:
             if saved:
                 raise CheckpointError(
@@ -308,8 +313,9 @@ class RunCheckpoints:
                     where=self.path,
                     expected=f"step {saved[-1]}, the newest",
                     got=f"resume={resume!r}",
-                    fix=f"shutil.copytree({str(self.store.step_path(step))!r}, 'fork/{step}')   # a run of its own, from there on\n"
-                    f"state = ft.restore({self.path!r}, like=state, step={step})   # or only the state, into a new run",
+                    fix=f"shutil.copytree({str(self.store.step_path(step))!r}, {self.path + '-fork/' + str(step)!r})\n"
+                    f"shutil.copy({str(self.journal.path)!r}, {self.path + '-fork'!r})\n"
+                    f'ft.Checkpoints("{self.path}-fork"), resume="latest"   # goes on from there, as a run of its own',
                 )
             )
         return step
@@ -330,7 +336,10 @@ class RunCheckpoints:
             f"{name}: {there!r} in the checkpoint, {here!r} now"
             for name, there, here in (
                 ("seed", run["seed"], self.like.counters().seed),
-                *((f"data {name}", document["data"].get(name), self.facts.get(name)) for name in _names(document, self.facts)),
+                *(
+                    (f"data {name}", document["data"].get(name), self.facts.get(name))
+                    for name in _names(document, self.facts)
+                ),
             )
             if there != here
         ]
@@ -346,14 +355,29 @@ class RunCheckpoints:
                     fix="ft.Checkpoints(other_path)   # begin a new run, from ft.restore(path, like=..., strict=False) perhaps",
                 )
             )
-        state = self.load(step)
-        plain = self.store.plain(step)
+        try:
+            state, plain = self.load(step), self.store.plain(step)
+        except CheckpointError as error:
+            raise _damaged(self.store, step, self.store.saved, str(error)) from error
         self.size, self.written = run["journal"], run["records"]
         records = self.journal.read(self.size)
         self.journal.cut(self.size)
         for record in records:
             self.names |= record.named().keys()
         return Snapshot(state, Position.of(plain["position"]), plain["notes"], records, run["ended"])
+
+
+def _damaged(store: Store, step: int, saved: Sequence[int], cause: str) -> CheckpointError:
+    before = [one for one in saved if one < step]
+    return CheckpointError(
+        explain(
+            f"the run cannot go on with the checkpoint of step {step}, which is damaged.",
+            where=str(store.step_path(step)),
+            cause=cause.split("\n  fix:", maxsplit=1)[0],
+            fix=f"shutil.rmtree({str(store.step_path(step))!r})   # "
+            + (f"then it goes on with step {before[-1]}" if before else "there is no earlier one, so it begins anew"),
+        )
+    )
 
 
 def _names(document: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
