@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import rng, tree
+from .. import tree
 from ..errors import DataError, explain
+from .loader_facts import facts_of, length_of, sizes_of
+from .loaders import Memory, Turn, opened
 from .order import permutation
-from .reader import Place, Reader, close_iterator
+from .reader import Place, Reader
 
 __all__ = ["Epochs", "as_epochs"]
 
@@ -40,6 +42,7 @@ class Epochs:
             a checkpoint keeps it, and resuming compares it.
         finish: `(batch, epoch, position) -> batch`, applied to each batch once its tensors lie on the state's device; or None.
         between: gives what the place of the next epoch's start holds beside `"batch": 0`, once an epoch is over; or None.
+        closing: ends what outlives an epoch (persistent workers), once the run is over; or None.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Epochs:
         facts: Mapping[str, Any] | None = None,
         finish: Callable[[Any, int, int], Any] | None = None,
         between: Callable[[], Mapping[str, Any]] | None = None,
+        closing: Callable[[], None] | None = None,
     ) -> None:
         self._make = make
         self.length = length
@@ -60,6 +64,7 @@ class Epochs:
         self.facts = dict(facts or {})
         self.finish = finish
         self.between = between
+        self.closing = closing
 
     def __call__(self, epoch: int, place: Place | None = None) -> Reader:
         start = place or {"batch": 0}
@@ -68,8 +73,11 @@ class Epochs:
             start = {key: value for key, value in start.items() if key != "skip"} | {"batch": start["batch"] - skip}
         reader = Reader(self._make(epoch, start), start["batch"], start)
         try:
-            for _ in range(skip):
-                next(reader)
+            for count in range(skip):
+                try:
+                    next(reader)
+                except StopIteration:
+                    raise DataError(_short(epoch, start["batch"] + skip, start["batch"] + count)) from None
         except BaseException:
             reader.close()
             raise
@@ -78,6 +86,11 @@ class Epochs:
     def start(self) -> dict[str, Any]:
         """The place at which the next epoch begins, once an epoch is over."""
         return {"batch": 0, **({} if self.between is None else self.between())}
+
+    def close(self) -> None:
+        """End what outlives an epoch; for the end of a run. The data can be read again."""
+        if self.closing is not None:
+            self.closing()
 
     def check(self, what: str) -> None:
         """Raise where it is known beforehand that there are no batches."""
@@ -90,6 +103,16 @@ class Epochs:
                     cause="an empty dataset, or a loader with drop_last=True and fewer samples than a batch",
                 )
             )
+
+
+def _short(epoch: int, wanted: int, count: int) -> str:
+    return explain(
+        "the data ended before the place where the run is to go on.",
+        where=f"epoch {epoch}",
+        expected=f"at least {wanted} batches, which were read before",
+        got=f"{count} batches",
+        cause="the data has become shorter",
+    )
 
 
 def as_epochs(
@@ -135,6 +158,8 @@ def as_epochs(
         n = len(batches)
 
         def rest(epoch: int, place: Place) -> Iterator[Any]:
+            if place["batch"] > n:
+                raise DataError(_short(epoch, place["batch"], n))
             return iter(batches) if not place["batch"] else (batches[i] for i in range(place["batch"], n))
 
         return Epochs(rest, n, facts={"kind": "list", "batches": n})
@@ -147,10 +172,14 @@ def as_epochs(
             )
         )
     if callable(data) and not isinstance(data, Iterable):
+        called = _Called(data, seed, what)
         return Epochs(
-            lambda epoch, place: _isolated(lambda: data(epoch), seed, epoch, what, place),
+            called,
             None,
             facts={"kind": "function"},
+            finish=called.finish,
+            between=called.memory.between,
+            closing=called.memory.close,
         )
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes, torch.utils.data.Dataset)):
         dataset = isinstance(data, torch.utils.data.Dataset)
@@ -163,71 +192,55 @@ def as_epochs(
             )
         )
     once = isinstance(data, Iterator)
-    length = None if once else _length(data)
-    facts = {"kind": type(data).__name__, "batches": length}
+    memory = Memory()
     return Epochs(
-        lambda epoch, place: _isolated(lambda: data, seed, epoch, what, place), length, once, _sizes(data), facts=facts
+        lambda epoch, place: opened(data, Turn(what, seed, epoch), place, memory),
+        None if once else length_of(data),
+        once,
+        sizes_of(data),
+        facts=facts_of(data),
+        between=memory.between,
+        closing=memory.close,
     )
 
 
-def _sizes(data: Any) -> tuple[int, ...] | None:
-    """How many samples the batches of a DataLoader have, where it batches by itself and leaves collation to the default."""
-    if not isinstance(data, torch.utils.data.DataLoader) or isinstance(data.dataset, torch.utils.data.IterableDataset):
-        return None
-    plain = type(data.batch_sampler) is torch.utils.data.BatchSampler
-    if not plain or data.collate_fn is not torch.utils.data.default_collate:
-        return None
-    try:
-        n = len(data.sampler)  # type: ignore[arg-type]  # a sampler may have no length: the TypeError below
-    except (TypeError, NotImplementedError):
-        return None
-    size = int(data.batch_size or 1)
-    rows = {size if n >= size else 0, 0 if data.drop_last else n % size} - {0}
-    return tuple(sorted(rows, reverse=True))
+class _Called:
+    """Makes an epoch's batches from what the user's function gives for it, which is sought by its own means where it has some.
 
+    The function is called under the epoch's streams. Where it gives one loader for several epochs, that one's state is carried
+    over from epoch to epoch; one that it makes for an epoch begins as it is.
+    """
 
-def _length(data: Any) -> int | None:
-    """Batches in an epoch, where the data knows. An IterableDataset's length is a guess and does not count."""
-    loader = isinstance(data, torch.utils.data.DataLoader)
-    if loader and isinstance(data.dataset, torch.utils.data.IterableDataset):
-        return None
-    try:
-        return len(data)
-    except (TypeError, NotImplementedError):
-        return None
+    def __init__(self, function: Callable[[int], Any], seed: int, what: str) -> None:
+        self.function, self.seed, self.what = function, seed, what
+        self.memory = Memory()
+        self._finish: Callable[[Any, int, int], Any] | None = None
 
-
-def _isolated(make: Callable[[], Any], seed: int, epoch: int, what: str, place: Place) -> Iterator[Any]:
-    """Iterate the user's code under generators that are a function of (seed, epoch)."""
-    streams = rng.Isolated(rng.fold_in_host(seed, epoch, 0xDA7A))
-    with streams:
-        found = make()
-        if not isinstance(found, Iterable):
-            raise DataError(
-                explain(
-                    f"{what}: the data function returned no iterable.",
-                    got=tree.describe(found),
-                    fix="return an iterable",
-                )
-            )
-        iterator = iter(found)
-    try:
+    def __call__(self, epoch: int, place: Place) -> Iterator[Any]:
+        turn = Turn(self.what, self.seed, epoch)
+        streams = turn.streams()
         with streams:
-            for _ in range(place["batch"]):
-                next(iterator, None)
-        while True:
-            with streams:
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    return
-            yield batch
-    finally:
-        # A generator is closed by us only where it is ours: one that the user passed can be resumed by him.
-        if iterator is not found:
-            with streams:
-                close_iterator(iterator)
-        del iterator  # a DataLoader's workers end with its iterator
+            found = self.function(epoch)
+        self._finish = None
+        if isinstance(found, (Epochs, list, tuple)) or hasattr(found, "epochs"):
+            epochs = as_epochs(found, seed=self.seed, what=self.what)
+            self._finish = epochs.finish
+            return epochs(epoch, place)
+        if (
+            not place["batch"] and len(place) > 1
+        ):  # a state that was left by the loader of the epoch before: the same one?
+            if self.memory.holds(place):
+                before = self.memory.loader
+            else:
+                with Turn(self.what, self.seed, epoch - 1).streams():
+                    before = self.function(epoch - 1)
+            if before is not found:
+                place = {"batch": 0}
+        return opened(found, turn, place, self.memory, streams)
+
+    def finish(self, batch: Any, epoch: int, position: int) -> Any:
+        """As the data of this epoch wants it."""
+        return batch if self._finish is None else self._finish(batch, epoch, position)
 
 
 def _arrays(data: Any, batch_size: int, seed: int, shuffle: bool, what: str) -> Epochs:
