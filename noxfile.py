@@ -79,6 +79,13 @@ def examples(session: nox.Session) -> None:
 
 
 @nox.session
+def crash(session: nox.Session) -> None:
+    """Kill a run with `kill -9` 100 times, also in the middle of saves: it must end as one that was never killed."""
+    install(session, ".[test]")
+    session.run("python", "-m", "tests.crash", *(session.posargs or ("--kills", "100")))
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Time ftrain beside hand-written loops and Lightning; prints ratios."""
     install(session, ".[bench]")

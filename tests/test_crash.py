@@ -1,0 +1,18 @@
+"""Law 6 across processes: `kill -9` at random moments, also in the middle of a save (the harness is in crash.py)."""
+
+import pytest
+
+from . import crash
+
+KILLS = 6
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_random_moments_is_the_run_that_was_not(tmp_path):
+    whole, killed, moments = crash.crash(tmp_path, KILLS)
+    assert len(moments) == KILLS
+    assert killed["reason"] == whole["reason"] == "epochs"
+    assert killed["rows"] == whole["rows"]
+    assert killed["state"] == whole["state"]
+    assert whole["skipped"] > 10  # the planted infinities were met
+    assert len(whole["rows"]) > 50
