@@ -320,7 +320,7 @@ class Isolated:
     True
     """
 
-    __slots__ = ("_gauss", "_inner", "_outer")
+    __slots__ = ("_gauss", "_half", "_inner", "_outer")
     _entered: ClassVar[int] = 0  # how many are entered now: the generators are the process's
 
     def __init__(self, seed: int) -> None:
@@ -332,12 +332,14 @@ class Isolated:
             random.Random(seed).getstate(),
         )
         self._outer: tuple[Any, Any, Any] | None = None
-        self._gauss: float | None = None
+        self._gauss: float | None = None  # the kept half of a pair: the user's, while the streams are entered
+        self._half: float | None = None  # the streams', where `take` was given one before they are entered
 
     def state(self) -> dict[str, Any]:
         """Where the streams are, as a tree of arrays and numbers; also while they are entered."""
         if self._outer is None:
-            torch_state, numpy_state = self._inner[0], {**self._inner[1].state, "has_gauss": 0, "gauss": 0.0}
+            half = {"has_gauss": int(self._half is not None), "gauss": self._half or 0.0}
+            torch_state, numpy_state = self._inner[0], {**self._inner[1].state, **half}
             python_state = self._inner[2]
         else:
             torch_state, python_state = torch.default_generator.get_state(), random.getstate()
@@ -357,12 +359,15 @@ class Isolated:
         bits.state = _copied({key: numpy_state[key] for key in bits.state})
         words = tuple(int(word) for word in np.asarray(python["words"]))
         new = (torch.as_tensor(state["torch"]).clone(), bits, (python["version"], words, python["gauss"]))
+        # numpy can put the half of a pair back for its default generator only
+        default = numpy_state["bit_generator"] == "MT19937"
+        half = numpy_state["gauss"] if numpy_state["has_gauss"] and default else None
         if self._outer is None:
-            self._inner = new
+            self._inner, self._half = new, half
             return
         self._swap(new)
-        if numpy_state["has_gauss"] and numpy_state["bit_generator"] == "MT19937":
-            np.random.set_state(_copied(numpy_state))
+        if half is not None:
+            _put_half(half)
 
     def _swap(self, to: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         was = (torch.default_generator.get_state(), _numpy.get_bit_generator(), random.getstate())
@@ -376,10 +381,12 @@ class Isolated:
         # may go, since that is the same in every run, and asking for it takes longer than all of the rest.
         if Isolated._entered == 0:
             found = np.random.get_state(legacy=False)
-            # numpy can put it back for its default generator only
             self._gauss = found["gauss"] if found["has_gauss"] and found["bit_generator"] == "MT19937" else None
         Isolated._entered += 1
         self._outer = self._swap(self._inner)
+        if self._half is not None:
+            _put_half(self._half)
+            self._half = None
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         assert self._outer is not None, "left without having been entered"
@@ -387,8 +394,13 @@ class Isolated:
         self._outer = None
         Isolated._entered -= 1
         if self._gauss is not None:
-            np.random.set_state({**np.random.get_state(legacy=False), "has_gauss": 1, "gauss": self._gauss})
+            _put_half(self._gauss)
             self._gauss = None
+
+
+def _put_half(gauss: float) -> None:
+    """Let numpy's global generator keep this half of a pair."""
+    np.random.set_state({**np.random.get_state(legacy=False), "has_gauss": 1, "gauss": gauss})
 
 
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:

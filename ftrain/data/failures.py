@@ -61,7 +61,7 @@ def clear(error: Exception, failing: Failing) -> Exception:
     if isinstance(error, DataError) or not isinstance(failing.loader, DataLoader):
         return error
     text = str(error)
-    if isinstance(error, RuntimeError) and text.startswith(_WORKER):
+    if text.startswith(_WORKER) or _dead(failing.iterator):
         return DataError(_died(text, failing))
     frames = list(_frames(error.__traceback__))
     indices, data = _fetched(frames)
@@ -82,22 +82,30 @@ def clear(error: Exception, failing: Failing) -> Exception:
 # -- workers that die -------------------------------------------------------------------------------------------------------------------
 
 
+def _dead(iterator: Any) -> list[tuple[int, Any]]:
+    """Workers that ended otherwise than by themselves, with their numbers."""
+    return [(i, one) for i, one in enumerate(getattr(iterator, "_workers", ())) if one.exitcode not in (None, 0)]
+
+
 def _died(text: str, failing: Failing) -> str:
-    pids = [int(number) for number in re.findall(r"\d+", text.partition("(")[2].partition(")")[0])]
-    where, got, batch = f"pid {pids}", text.splitlines()[0], failing.batch
-    for number, worker in enumerate(getattr(failing.iterator, "_workers", ())):
-        if worker.pid not in pids:
-            continue
-        worker.join(timeout=1)  # it is dead: this only fetches how it died
+    named = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", text)
+    where, got, batches = "a worker", text.splitlines()[0], [failing.batch]
+    workers = [one for one in getattr(failing.iterator, "_workers", ()) if named and str(one.pid) in named.group(1)]
+    for worker in workers:
+        worker.join(timeout=1)  # its end is known before how it ended
+    for number, worker in _dead(failing.iterator)[:1]:
         tasks = getattr(failing.iterator, "_task_info", {})
-        waiting = [index for index, task in sorted(tasks.items()) if len(task) == 1 and task[0] == number]
-        batch = failing.base + waiting[0] if waiting else batch
-        where, got = f"worker {number} (pid {worker.pid})", _exit(worker.exitcode)
-        break
-    indices = _order(failing, batch)
+        waiting = [
+            index + failing.base for index, task in sorted(tasks.items()) if len(task) == 1 and task[0] == number
+        ]
+        where, got, batches = f"worker {number} (pid {worker.pid})", _exit(worker.exitcode), waiting or batches
+    # What it had made and not yet sent is lost with it, so it may have been at any of those.
+    for batch in batches:
+        indices = _order(failing, batch)
+        where += f", batch {batch}" if indices is None else f", batch {batch} of the items {_few(indices)}"
     return explain(
-        f"{failing.what}: a worker of the DataLoader died while it made batch {batch} of epoch {failing.epoch}.",
-        where=where + ("" if indices is None else f", at one of the items {_few(indices)}"),
+        f"{failing.what}: a worker of the DataLoader died; batch {batches[0]} of epoch {failing.epoch} is missing.",
+        where=where,
         got=got,
         cause="too little memory (also of /dev/shm), a crash in compiled code, or code of the dataset that ends the process",
         fix="DataLoader(..., num_workers=0)   # shows the error in this process",
@@ -105,9 +113,7 @@ def _died(text: str, failing: Failing) -> str:
 
 
 def _exit(code: int | None) -> str:
-    if code is None:
-        return "it ended"
-    if code < 0:
+    if code is not None and code < 0:
         return f"it was killed by {signal.Signals(-code).name}"
     return f"it exited with code {code}"
 
@@ -210,16 +216,22 @@ def _order(failing: Failing, batch: int) -> Any:
     sampler, batches = loader.sampler, loader.batch_sampler
     ours = type(sampler).__name__ in ("SequentialSampler", "RandomSampler")
     own = all(type(one).__module__.partition(".")[0] in ("torch", "torchdata") for one in (sampler, batches or sampler))
-    if isinstance(loader.dataset, IterableDataset) or not (ours and own) or failing.generators is None:
+    known = failing.generators is not None and not loader.persistent_workers  # those begin otherwise in a later epoch
+    if isinstance(loader.dataset, IterableDataset) or not (ours and own and known):
         return None
+    assert failing.generators is not None, "seen above"
     now = states_of(loader, failing.what)
     try:
         with rng.Isolated(rng.fold_in_host(failing.seed, failing.epoch, 0xDA7A)):
             put_generators(loader, failing.generators, failing.what)
-            order = iter(sampler if batches is None else batches)
-            torch.empty((), dtype=torch.int64).random_(
+            draws = sampler if batches is None else batches
+            order = iter(draws)
+            base = torch.empty((), dtype=torch.int64)
+            base.random_(
                 generator=loader.generator
-            )  # mutates: nothing: as the loader draws
+            )  # mutates: a tensor of our own, as the loader draws its workers' seed
+            if loader.num_workers:
+                order = iter(draws)  # it begins twice, too
             return next(itertools.islice(order, batch, None), None)
     finally:
         put_generators(loader, now, failing.what)

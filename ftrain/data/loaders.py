@@ -57,7 +57,12 @@ class Memory:
     def holds(self, place: Place) -> bool:
         """Whether a place is the one after the epoch that was read last, in this process: then there is nothing to restore."""
         after = self.after
-        return self.here and isinstance(after, dict) and bool(after) and all(place.get(key) is one for key, one in after.items())
+        return (
+            self.here
+            and isinstance(after, dict)
+            and bool(after)
+            and all(place.get(key) is one for key, one in after.items())
+        )
 
     def close(self) -> None:
         """End the workers that persist between epochs."""
@@ -121,7 +126,10 @@ class Opened(Iterator[Any]):
             self._ended()
             raise
         except Exception as error:
-            better = clear(error, self._failing())
+            try:
+                better = clear(error, self._failing())
+            except RuntimeError as second:  # raised by torch's handler of SIGCHLD, wherever we are
+                better = clear(second, self._failing())
             if better is error:
                 raise
             raise better from error
