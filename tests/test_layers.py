@@ -50,6 +50,7 @@ SYNC_METHODS = {"item", "tolist", "cpu", "numpy"}
 SYNC_FREE = ("loops/", "sinks/", *(f"{unit}/" for unit in EDGES))  # at log points and at the edges, reading is the job
 # Files of the other units with a marked sync, and what they read.
 SYNC_FILES = {
+    "checkpoint/exports.py": "what is written to a file, from host memory",
     "data/flat.py": "an array of tokens that the user gave, on the CPU",
     "data/packing.py": "documents, which are put together on the host",
     "state.py": "the counters, where the host has no copy of them yet",
@@ -60,6 +61,7 @@ SYNC_FILES = {
 NOT_IN_PLACE = {"requires_grad_"}  # changes what is recorded, not the values
 # Files other than steps/compile.py with a marked mutation, and what they write to.
 MUTATES_FILES: dict[str, str] = {
+    "checkpoint/imports.py": "tensors of its own, filled from a file",
     "data/failures.py": "a generator that is put back, to find the order of a loader again",
     "steps/donation.py": "donation outside of a graph: the eager rungs",
     "optim/rules/quasi_newton.py": "a copy of L-BFGS's history, made once for an update",

@@ -13,7 +13,7 @@ from .. import tree
 from ..errors import ArgumentError, DataError, explain
 from .node import ENDLESS, Node, Seeded
 from .reading import Options
-from .routes import Repeated
+from .routes import Repeated, Sliced
 from .sources import Source
 
 __all__ = ["as_input", "check_steady", "inputs", "joined", "often", "several"]
@@ -22,10 +22,12 @@ _INPUT = 0x1297
 
 
 def often(node: Node, n: float, most: float) -> Node:
-    """A node that is repeated as often as it takes to have so many items."""
+    """A node of `n` items, repeated until there are `most`."""
     if n >= most:
         return node
-    return Repeated(node, None if most == ENDLESS else -(-int(most) // int(n)))
+    if most == ENDLESS:
+        return Repeated(node, None)
+    return Sliced(Repeated(node, -(-int(most) // int(n))), int(most), take=True)
 
 
 def several(sources: Any, what: str, leaves: Sequence[Any] | None = None) -> list[Source]:

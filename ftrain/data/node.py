@@ -79,14 +79,12 @@ class Memo:
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """What belongs to a key, made where it is not known."""
-        found: T
-        try:
-            found = self._found[key]
-        except KeyError:
-            found = make()
+        if key not in self._found:  # not in an `except`: an error of `make` has nothing to do with a missing key
+            made = make()
             while len(self._found) >= self._size:
                 self._found.pop(next(iter(self._found)), None)
-            self._found[key] = found
+            self._found[key] = made
+        found: T = self._found[key]
         return found
 
     def __reduce__(self) -> tuple[type[Memo], tuple[int]]:

@@ -6,7 +6,7 @@ import builtins
 from typing import Any
 
 from .. import tree
-from ..errors import DataError, explain
+from ..errors import ArgumentError, DataError, explain
 from .inputs import check_steady, inputs, joined, often, several
 from .joining import Policy, Zipped
 from .node import At
@@ -64,6 +64,15 @@ def zip_cycle(sources: Any) -> Source:
 
 
 def _zip(sources: Any, policy: Policy, what: str) -> Source:
+    if isinstance(sources, Source):
+        raise ArgumentError(
+            explain(
+                f"{what} wants several sources.",
+                expected="a dict, tuple or list of them",
+                got=repr(sources),
+                fix=f'{what}({{"a": a, "b": b}})',
+            )
+        )
     found = several(sources, what, tree.leaves(sources))
     paths = tree.paths(sources, root="sources")
     nodes = inputs(found)

@@ -3,7 +3,7 @@
 Laws
 ----
 - The user's function gets the real module, so that any method and attribute works; its tensors are the state's.
-- The loss is a `Mean`: a scalar that the user returned counts for as many samples as the batch has.
+- The loss is a `Mean`: a scalar that the user returned counts for as many samples as the batch has, padding left out.
 - Buffers that the forward pass changed come back as values; nothing that went in is changed.
 """
 
@@ -27,7 +27,7 @@ from ..types import Batch, Params
 from .regions import region
 from .skeleton import Installed, Skeleton
 
-__all__ = ["Bound", "batch_size", "bind", "check_closure", "takes_rng"]
+__all__ = ["Bound", "batch_size", "bind", "check_closure", "padding", "takes_rng"]
 
 
 def batch_size(batch: Batch) -> int:
@@ -48,6 +48,20 @@ def batch_size(batch: Batch) -> int:
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
             return leaf.shape[0]
     return 1
+
+
+def padding(batch: Batch) -> Tensor | None:
+    """The mask of a padded batch (see `ft.data.Source.batch`): its entry `"mask"`, where that is a bool for each sample.
+
+    >>> import torch
+    >>> from ftrain.steps.bind import padding
+    >>> padding({"x": torch.zeros(2, 3), "mask": torch.tensor([True, False])}), padding({"x": torch.zeros(2, 3)})
+    (tensor([ True, False]), None)
+    """
+    mask = batch.get("mask") if isinstance(batch, dict) else None
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 1 and mask.shape[0] == batch_size(batch):
+        return mask
+    return None
 
 
 class Bound:
@@ -94,7 +108,12 @@ class Bound:
             new_buffers = installed.buffers()
         installed.check_unwritten()
         loss, metrics = _unpack(out)
-        weight = float(batch_size(batch)) if not torch.compiler.is_compiling() else batch_size(batch)
+        mask = padding(batch)
+        weight: float | Tensor
+        if mask is not None:
+            weight = mask.sum()  # stays on the device
+        else:
+            weight = float(batch_size(batch)) if not torch.compiler.is_compiling() else batch_size(batch)
         mean = _as_mean(loss, weight)
         named = normalise(metrics, mean.weight, "the metrics that loss_fn returned")
         return mean, (named, new_buffers)
@@ -106,7 +125,7 @@ def bind(model: nn.Module, loss_fn: Callable[..., Any], *, train: bool = True) -
     Args:
         model: the module; copied without its numbers, never changed.
         loss_fn: ordinary PyTorch. Returns a loss or `(loss, metrics)`; the loss is a scalar mean, whose weight is the batch
-            size, or `ft.metrics.Mean(total, weight)`. A third argument receives this step's key (see `ftrain.rng`).
+            size (the sum of `batch["mask"]` for padded batches), or `ft.metrics.Mean(total, weight)`. A third argument receives this step's key (see `ftrain.rng`).
         train: training mode, as the user set it for each submodule; False: evaluation mode for all.
 
     Returns:
@@ -222,7 +241,7 @@ def _unpack(out: Any) -> tuple[Any, Any]:
     return out, {}
 
 
-def _as_mean(loss: Any, weight: float) -> Mean:
+def _as_mean(loss: Any, weight: float | Tensor) -> Mean:
     if isinstance(loss, Mean):
         for part, value in (("total", loss.total), ("weight", loss.weight)):
             if not (isinstance(value, Tensor) and value.ndim == 0):
@@ -256,5 +275,8 @@ def _as_mean(loss: Any, weight: float) -> Mean:
         raise LossError(explain("the loss is not a floating-point number.", got=tree.describe(loss)))
     if loss.dtype in (torch.float16, torch.bfloat16):  # too few digits for a sum over a batch
         loss = loss.float()
-    weights = torch.full_like(loss, weight, requires_grad=False).detach()
+    if isinstance(weight, Tensor):
+        weights = weight.to(loss.dtype)
+    else:
+        weights = torch.full_like(loss, weight, requires_grad=False).detach()
     return Mean(loss * weights, weights)

@@ -18,7 +18,7 @@ from ..precision import Policy, as_policy
 from ..state import TrainState, check_state
 from ..types import Batch, Metrics
 from .average import averaged
-from .bind import batch_size, check_closure, takes_rng
+from .bind import batch_size, check_closure, padding, takes_rng
 from .calls import check_batch, seeded_by
 from .precision import cast_inputs, cast_outputs, check_precision, computing
 from .skeleton import Installed, Skeleton
@@ -87,7 +87,9 @@ class EvalStep(ReadStep):
     """`(state, batch) -> metrics`."""
 
     def _finish(self, out: Any, batch: Batch) -> Metrics:
-        return normalise(out, float(batch_size(batch)), f"the metrics that {self.name} returned")
+        mask = padding(batch)
+        weight = float(batch_size(batch)) if mask is None else mask.sum().to(torch.get_default_dtype())
+        return normalise(out, weight, f"the metrics that {self.name} returned")
 
 
 def eval_step(
@@ -102,7 +104,7 @@ def eval_step(
     Args:
         model: the module; its code is used, its numbers are the state's.
         metric_fn: `metric_fn(model, batch)` or `metric_fn(model, batch, rng)`; returns a dict of metrics. A bare scalar is a
-            mean over the batch and weighs as much as the batch has samples.
+            mean over the batch and weighs as much as the batch has samples, padding left out.
         params: the name of averaged parameters to evaluate (`"ema"`, see `ft.with_ema`); default: the parameters themselves.
         precision: as for `ft.train_step`.
 
