@@ -9,13 +9,13 @@ import pytest
 import ftrain
 
 DOOR = """
-CompiledStep Evaluator Event Failure History Hook Outcome Policy Position Record Result Snapshot Tick TrainState Transform __version__ as_step at bind
+Checkpoints CompiledStep Evaluator Event Failure History Hook Outcome Policy Position Record Result Snapshot Tick TrainState Transform __version__ as_step at bind
 checkpoint compile data errors eval_step evaluate every fit hooks init keep loop loops make_step make_update metrics on optim predict
 predict_step rng schedules sinks testing to_module train_step tree types until update_bn value_and_grad with_accumulation
 with_ema with_float8 with_grad_stats with_loss_scale with_precision with_remat with_sam with_swa
 """
 INSIDE = {
-    "ftrain.checkpoint": "Entry Keep best keep",
+    "ftrain.checkpoint": "Checkpoints Entry Keep best from_safetensors from_torch keep to_safetensors to_torch",
     "ftrain.data": "Epochs Feed Window Windows as_epochs close_iterator to_device window",
     "ftrain.optim": "AdadeltaState AdafactorState AdagradState AdamState AdamaxState AsgdState ClipState ConditionState "
     "CountState Injected LambState LbfgsState LearningRateState LionState MasterState MuonState NadamState "
