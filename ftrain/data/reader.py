@@ -78,7 +78,7 @@ class Reader(Iterator[Any]):
             except StopIteration:
                 return False
             except Exception as error:
-                self._broken, self._ahead = True, _Failed(error)
+                self._broken, self._ahead, self._place = True, _Failed(error), place
                 return True
             except BaseException:
                 self._broken = True

@@ -5,7 +5,8 @@ Runs from the source tree on a machine without network; the core of ftrain needs
 - laws: the whole step is one graph, compiled equals eager, donation keeps the memory and gives the same values, dropout is a function of
   (seed, step), the global generators stay as they were, two fits agree, a run compiles once and once more for a short batch;
   accumulation, loss scale (float16), clipping and averages together are one graph and train as the loops written by hand, and the
-  loss scale goes as that of GradScaler.
+  loss scale goes as that of GradScaler; the feed's batches are right while the device is busy, also out of buffers that are filled
+  again, and its copies cost less than copies that are waited for.
 - sync: no step between two log points waits for the device. On CUDA 200 steps run under `set_sync_debug_mode("error")`; on a CPU
   (`--cpu`, which is there to try this script out) the profiler counts `aten::_local_scalar_dense`.
 - memory: peak of the allocator above what was allocated before the model existed, over steady steps of a 24 M MLP, alone, with
@@ -391,8 +392,100 @@ def parts_agree(device: str) -> str:
     return optimization.agree(found, problem)
 
 
+def _feed_batches(device: str, kind: str, n: int, rows: int) -> Iterator[Any]:
+    """Batches on the host whose values are their number: new ones, or one buffer that is filled again and again."""
+    import torch
+
+    def made() -> Any:
+        x = torch.empty(rows, 64)
+        return x.pin_memory() if device == "cuda" and "pinned" in kind else x
+
+    buffer = made()
+    for i in range(n):
+        x = buffer if "buffer" in kind else made()
+        yield {"x": x.fill_(i), "n": i}
+
+
+def _busy(device: str) -> Callable[[], None]:
+    """Something for the device to do for some milliseconds."""
+    import torch
+
+    side = 256 if device == "cpu" else 8192
+    a = torch.randn(side, side, device=device)
+    out = torch.empty_like(a)
+
+    def work() -> None:
+        for _ in range(3):
+            torch.mm(a, a, out=out)
+
+    return work
+
+
+def feed_right(device: str) -> str:
+    """The feed's batches are right while the device is busy, of memory that is pinned or not, new or filled again."""
+    import torch
+
+    from ftrain.data import Feed, Reader
+
+    work, n, rows = _busy(device), 30, 1 << (8 if device == "cpu" else 16)
+    kinds = ("new", "new pinned", "buffer", "buffer pinned")
+    for kind in kinds:
+        feed = Feed(Reader(_feed_batches(device, kind, n, rows)), torch.zeros((), device=device).device)
+        sums = []
+        for i, batch in enumerate(feed):
+            work()
+            sums.append(torch.stack([batch["x"].min(), batch["x"].max(), batch["n"].float()]))
+            assert feed.place() == {"batch": i + 1}, feed.place()
+            del batch  # its memory may go to another, but not before the work above is done
+        found = torch.stack(sums).cpu()
+        want = torch.arange(n, dtype=torch.float32)[:, None].expand(n, 3)
+        assert torch.equal(found, want), f"{kind}: {found[(found != want).any(dim=1)][:4].tolist()}"
+    return f"{n} batches of {rows * 64 * 4 / 1e6:.1f} MB, {', '.join(kinds)}"
+
+
+def feed_overlaps(device: str) -> str:
+    """The feed's copies run while the device works: less time than copies that are waited for."""
+    import torch
+
+    from ftrain.data import Feed, Reader
+
+    if device == "cpu":
+        return "nothing is copied on a CPU"
+    work, n, rows = _busy(device), 30, 1 << 19
+    target = torch.zeros((), device=device).device
+    ready = [{"x": torch.ones(rows, 64).pin_memory()} for _ in range(4)]
+    batches = [ready[i % 4] for i in range(n)]
+
+    def took(loop: Callable[[], None]) -> float:
+        best = float("inf")
+        for _ in range(4):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            loop()
+            torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - began)
+        return best / n * 1e3
+
+    def fed() -> None:
+        for batch in Feed(Reader(iter(batches)), target):
+            work()
+            batch["x"].sum()
+
+    def waited() -> None:
+        for batch in batches:
+            copy = batch["x"].to(target)
+            work()
+            copy.sum()
+
+    alone = took(lambda: [work() for _ in range(n)] and None)
+    ours, plain = took(fed), took(waited)
+    said = f"a step of {alone:.2f} ms takes {ours:.2f} ms with the feed, {plain:.2f} ms with copies in between ({rows * 256 / 1e6:.0f} MB)"
+    assert ours < plain, said
+    return said
+
+
 LAWS = [whole_step, equal_mlp, equal_cnn, kept, donated, dropout, fits_agree]
-LAWS += [recipe_whole, scales_agree, recipe_agrees, parts_agree]
+LAWS += [recipe_whole, scales_agree, recipe_agrees, parts_agree, feed_right, feed_overlaps]
 
 
 # ----------------------------------------------------------------------------------------------- no waiting for the device
@@ -536,6 +629,26 @@ def sync_host(device: str) -> str:
     return _loop(device, lambda batches: [{k: v.cpu().numpy() for k, v in batch.items()} for batch in batches])
 
 
+def sync_feed(device: str) -> str:
+    """No sync: the feed, over pinned batches of a DataLoader, and over batches that are not pinned."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    from ftrain.data import Feed, as_epochs
+
+    batches = [{"x": torch.ones(256, 64), "n": i} for i in range(205)]
+    target = torch.zeros((), device=device).device
+    for data in (batches, DataLoader(batches, batch_size=None, pin_memory=device == "cuda")):
+        feed = Feed(as_epochs(data)(0), target)
+        for _ in range(5):
+            next(feed)
+        with no_sync(device):
+            for batch in feed:
+                batch["x"].sum()
+        feed.close()
+    return "2 x 200 batches"
+
+
 def sync_fit(device: str) -> str:
     """No sync: ft.fit with progress and history, between two log points."""
     import cases
@@ -575,7 +688,18 @@ def _default_mode(device: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-SYNC = [planted, sync_donated, sync_kept, sync_dropout, sync_eager, sync_recipe, sync_loop, sync_host, sync_fit]
+SYNC = [
+    planted,
+    sync_donated,
+    sync_kept,
+    sync_dropout,
+    sync_eager,
+    sync_recipe,
+    sync_loop,
+    sync_host,
+    sync_feed,
+    sync_fit,
+]
 SYNC += [sync_everything, sync_everything_compiled]
 
 
