@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
+import ftrain as ft
 from ftrain import rng
 from ftrain.checkpoint import plain
 from ftrain.data import Epochs, as_epochs, window
@@ -720,3 +721,37 @@ def test_ctrl_c_is_for_the_main_process_alone() -> None:
             assert child.wait(20) == 0
         finally:
             child.kill()
+
+
+# -- a whole run --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "workers", "plain, own generator", "function", "windows"])
+def test_a_loop_resumed_three_times_in_the_middle_of_an_epoch(kind: str) -> None:
+    """State and position go through a new process's worth of forgetting: loader, step and state are made again."""
+    model = torch.nn.Linear(2, 1)
+    tx = ft.optim.sgd(0.05)
+
+    def loss_fn(model: Any, batch: Any) -> Any:
+        seen.extend(int(i) for i in batch["i"])
+        x = torch.stack([batch["i"].float(), batch["noise"].flatten()[0].float().expand(len(batch["i"]))], dim=1)
+        return model(x).square().mean() / 100
+
+    seen: list[int] = []
+    start = ft.init(model, tx, seed=3)
+    step = ft.train_step(model, loss_fn, tx)
+    for tick in ft.loop(start, step, ALL[kind](), epochs=EPOCHS):
+        whole = tick.state
+    once, seen[:] = list(seen), []
+    state, position = start, None
+    for stop in (1, 3, 5, None) if kind == "windows" else (1, 5, 7, None):
+        for tick in ft.loop(state, step, ALL[kind](), epochs=EPOCHS, start=position):
+            if stop is not None and tick.step >= stop:
+                state, position = tick.state, ft.Position.of(through_json(tick.position().plain()))
+                break
+    assert seen == once
+    for epoch in range(EPOCHS if kind != "windows" else 0):
+        assert sorted(seen[epoch * N : (epoch + 1) * N]) == list(range(N))
+    assert torch.equal(tick.state.params["weight"], whole.params["weight"])
+    assert not torch.equal(whole.params["weight"], start.params["weight"])
+    assert _workers() == 0
