@@ -4,11 +4,10 @@ Laws
 ----
 - What it draws from the global generators is a function of (seed, epoch); outside of it they are as the user left them.
 - A loader with a state of its own is saved and restored by it; together with the global streams under which it is iterated and the
-  generators that it owns, so that the batches after a restore are those that would have come.
+  generators that it owns, so that the batches after a restore are those that would have come. What a dataset draws inside of a
+  worker is the exception: torchdata starts the workers anew, with the same seeds. A loader that is replayed has no such gap.
 - Any other is read again from the epoch's beginning, with its own generators as they were then, and says so once.
 - `set_epoch(epoch)` is called on the loader, its samplers and its dataset, where they have it.
-  What a dataset draws inside of a worker is the exception: torchdata starts the workers anew, with the same seeds. A replayed loader,
-  and `ft.data.source`, have no such gap.
 - However the epoch ends, its iterator is closed and its workers have ended; persistent ones only go on after a complete epoch.
 """
 
