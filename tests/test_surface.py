@@ -16,7 +16,8 @@ with_ema with_float8 with_grad_stats with_loss_scale with_precision with_remat w
 """
 INSIDE = {
     "ftrain.checkpoint": "Checkpoints Entry Keep best from_safetensors from_torch keep to_safetensors to_torch",
-    "ftrain.data": "Epochs Feed Window Windows as_epochs close_iterator to_device window",
+    "ftrain.data": "Epochs Feed Source Window Windows as_epochs chain close_iterator collate curriculum mix source to_device tokens "
+    "window zip zip_cycle zip_longest zip_shortest",
     "ftrain.optim": "AdadeltaState AdafactorState AdagradState AdamState AdamaxState AsgdState ClipState ConditionState "
     "CountState Injected LambState LbfgsState LearningRateState LionState MasterState MuonState NadamState "
     "NoiseState Partition RadamState RmspropState RoundingState RpropState SgdState SkipState TorchState "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,7 @@ def _length(data: Any, what: str) -> int:
                     expected="a tensor or numeric numpy array with at least one dimension",
                     got=tree.describe(leaf),
                     cause="a tuple or dict is taken as arrays of equal length; only a list is taken as a list of samples",
-                    fix="ft.data.source(list(samples))   # or np.asarray(...) of each entry",
+                    fix=_fix(leaf, path, what),
                 )
             )
         sizes[path] = len(leaf)
@@ -122,3 +123,9 @@ def _length(data: Any, what: str) -> int:
                 )
             )
     return n
+
+
+def _fix(leaf: Any, path: str, what: str) -> str:
+    if isinstance(leaf, Mapping):  # splits of a dataset
+        return f"{what}({path}[{next(iter(leaf), None)!r}])   # one of {', '.join(map(repr, leaf))}"
+    return f"{what}(list(samples))   # or np.asarray(...) of each entry"

@@ -210,6 +210,17 @@ class Pool:
             torch._C._remove_worker_pids(id(self._iterator))
             self._iterator._worker_pids_set = False
 
+    def fates(self) -> list[str]:
+        """How the workers ended that are no more."""
+        found = []
+        for i, worker in enumerate(getattr(self._iterator, "_workers", ())):
+            worker.join(timeout=0.5)  # one that is dying, it may be
+            code = worker.exitcode
+            if code is not None:
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+                found.append(f"worker {i} (pid {worker.pid}) {how}")
+        return found
+
     def close(self) -> None:
         """End the workers; a later `open` starts new ones."""
         iterator, self._iterator, self._loader, self.busy = self._iterator, None, None, False
@@ -248,15 +259,8 @@ class Loaded(Iterator[Any]):
             self._end()
             raise
         except (RuntimeError, OSError) as error:
+            self.error = self._lost(error)
             self.close()
-            self.error = DataError(
-                explain(
-                    f"a worker died, or did not answer, while {_called(self.pool.node, self.at, self.next)} was waited for.",
-                    got=str(error),
-                    cause="it was killed (out of memory?), crashed in native code, or ran into the timeout",
-                    fix="source.load(workers=0)   # makes the batch in this process, where it can be looked at",
-                )
-            )
             raise self.error from error
         except BaseException:
             self.close()
@@ -267,6 +271,20 @@ class Loaded(Iterator[Any]):
             raise self.error
         self.next += 1
         return found
+
+    def _lost(self, error: Exception) -> DataError:
+        """Say which batch did not come, and what became of the workers."""
+        how = self.pool.how
+        ahead = min(self.next + how.workers * how.prefetch, self.stop) - 1
+        return DataError(
+            explain(
+                f"a worker died, or did not answer, while {_called(self.pool.node, self.at, self.next)} was waited for.",
+                where=f"it was at one of {self.next} to {ahead:g}, which are made ahead" if ahead > self.next else None,
+                got="\n".join([*self.pool.fates(), str(error).splitlines()[0]]),
+                cause="it was killed (out of memory?), crashed in native code, or ran into the timeout",
+                fix="source.load(workers=0)   # makes the batch in this process, where it can be looked at",
+            )
+        )
 
     def _end(self) -> None:
         """The epoch was read whole."""
