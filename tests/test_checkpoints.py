@@ -310,6 +310,28 @@ def test_importing_and_naming_checkpoints_does_not_import_orbax(tmp_path):
     assert out.stdout.split() == ["False", "False"]
 
 
+def test_the_first_save_of_a_process_draws_from_nobodys_stream(tmp_path):
+    """Orbax is imported in the middle of a run, then; numpy's generator is drawn from by something in it."""
+    code = """
+import random, sys, numpy as np, torch, ftrain as ft
+model, tx = torch.nn.Linear(1, 1), ft.optim.sgd(0.1)
+step = ft.train_step(model, lambda m, batch: m(batch).square().mean(), tx)
+drawn = []
+def hook(state, event):
+    drawn.append((np.random.rand(), random.random(), torch.rand(1).item()))
+    return state
+def run(checkpoint):
+    drawn.clear()
+    ft.fit(ft.init(model, tx), step, [torch.ones(2, 1)] * 6, hooks=[hook], checkpoint=checkpoint, progress=False, compile=False)
+    return list(drawn)
+assert "orbax" not in sys.modules
+without = run(None)
+assert run(ft.Checkpoints("ckpt", every=ft.every(steps=2))) == without
+assert "orbax" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
 def test_nothing_is_said(tmp_path, capfd):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -323,3 +345,12 @@ def test_a_folder_with_other_files_stays_as_it_is(tmp_path):
     begin(checkpoint=checkpoints(tmp_path, keep=ft.keep(latest=1)))
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert (tmp_path / "7-backup" / "notes.txt").read_text() == "mine"
+
+
+def test_workers_of_a_loader_start_after_a_save_without_a_warning(tmp_path):
+    """JAX, which comes with Orbax, warns at every fork once its backend runs."""
+    loader = torch.utils.data.DataLoader(DATA["loader"]()["data"].dataset, batch_size=8, num_workers=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = begin(checkpoint=checkpoints(tmp_path), data=loader, batch_size=None, epochs=3)
+    assert result.state.counters().step == 21

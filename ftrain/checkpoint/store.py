@@ -1,32 +1,34 @@
-"""`Store`: one folder of checkpoints. The only module that faces Orbax's `CheckpointManager`.
+"""`Store`: one folder of checkpoints.
 
-A save is copied to host memory before `save` returns, and written in the background: by Orbax's handler for trees with our handler for
-tensors underneath, into a temporary folder, which is renamed when it is complete. `wait` returns once that has happened and everything is on the
-disk. Nothing is read, compared or deleted by Orbax, whose ways of doing so have traps (see the comments).
+Laws
+----
+- When `save` returns, the tree is copied to host memory: whatever happens to the leaves afterwards does not show.
+- A step is there as a whole or not at all. When `wait` returns, all that was saved is there and on the disk.
+- A save that fails leaves nothing behind, and the steps before it as they were; its error is raised by the next call.
+- What is read is what was saved, bit by bit, or an error.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .. import rng
 from .. import tree as trees
 from ..errors import CheckpointError, RestoreError, explain
 from . import plain as plain_trees
 from . import record as records
-from .dtypes import array_of, dtype_named
-from .folder import ARRAYS, DOCUMENT, Folder, sync_tree
+from .engine import Writer
+from .folder import ARRAYS, Folder, sync_tree
 from .matching import Match, describe, match
-from .packing import Layout, lay_out, nest
+from .packing import Layout, lay_out
 from .paths import Rename, Select, leaf_paths, some
+from .reading import like_leaf, read
 from .report import Report
 from .staging import Staging
 
@@ -34,7 +36,6 @@ __all__ = ["Store"]
 
 RESERVED = ("format", "step", "folder", "versions")
 PLAIN = "~plain"  # path of the arrays of plain trees; no key of a tree begins so
-TIMEOUT = 24 * 3600  # seconds for one save; Orbax's own limit of 20 minutes is short for a slow disk
 
 
 class Store:
@@ -63,8 +64,8 @@ class Store:
         self._folder = Folder(path, write=write)
         self._write = write
         self._staging = Staging()
-        self._manager: Any = None
-        self._stale = False  # whether the manager believes in a step that was deleted
+        self._writer: Writer | None = None
+        self._stale = False  # whether the writer believes in a step that was deleted
         self._pending: tuple[int, int] | None = None  # step and bytes of the save in the background
         self._records: dict[int, records.Record] = {}
         self.damaged: dict[int, str] = {}
@@ -84,6 +85,7 @@ class Store:
     def saved(self) -> list[int]:
         """The steps that are complete, ascending. Those whose record cannot be read are in `damaged`, with the reason."""
         found = []
+        self.damaged = {}
         for step in self._folder.steps():
             if not self._folder.record(step).exists():
                 continue
@@ -158,7 +160,12 @@ class Store:
         staged = self._staging.copy(layout.arrays)
         self._pending = (step, layout.nbytes)
         try:
-            self._start(step, layout, staged, record)
+            if self._writer is None:
+                self._writer = Writer(self._folder.path, self._committed)
+            elif self._stale:
+                self._writer.reload()
+            self._stale = False
+            self._writer.start(step, layout.arrays, staged, record)
         except Exception as error:
             raise self._failure(error) from error
         if block:
@@ -184,41 +191,6 @@ class Store:
         layout = lay_out([*leaves, *((f"{PLAIN}/{i}", one) for i, one in enumerate(inner))], what)
         return layout, records.make(step, self._folder.id, layout.entries, coded, said)
 
-    def _start(self, step: int, layout: Layout, staged: Sequence[Tensor], record: records.Record) -> None:
-        ocp = orbax()
-        if self._manager is None:
-            self._manager = self._make_manager()
-        elif self._stale:
-            self._manager.reload()
-        self._stale = False
-        items = {DOCUMENT: ocp.args.JsonSave(record)}
-        if staged:
-            arrays = nest((array.key, one) for array, one in zip(layout.arrays, staged, strict=True))
-            items[ARRAYS] = ocp.args.PyTreeSave(arrays)
-        # force: without it a step before the latest is left out, and False is all that says so
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-
-    def _make_manager(self) -> Any:
-        ocp = orbax()
-        from .handler import array_handler
-
-        return ocp.CheckpointManager(
-            self._folder.path,
-            item_handlers={ARRAYS: array_handler(), DOCUMENT: ocp.JsonCheckpointHandler()},
-            options=ocp.CheckpointManagerOptions(
-                cleanup_tmp_directories=True,
-                todelete_subdir=".trash",  # else its own deletion is not atomic: kill -9 leaves half of a step, listed
-                save_root_metadata=False,
-                lightweight_initialize=True,
-                async_options=ocp.AsyncOptions(
-                    timeout_secs=TIMEOUT,
-                    # True: a save that fails at once leaves threads that hold up the interpreter's exit for 300 s
-                    create_directories_asynchronously=False,
-                    post_finalization_callback=self._committed,
-                ),
-            ),
-        )
-
     def _committed(self) -> None:
         """In Orbax's thread, when the step has its final name: Orbax syncs the arrays, but not JSON, metadata and folders."""
         if self._pending is not None:
@@ -233,7 +205,8 @@ class Store:
         if self._pending is None:
             return
         try:
-            self._manager.wait_until_finished()
+            assert self._writer is not None
+            self._writer.wait()
         except Exception as error:
             raise self._failure(error) from error
         self._pending = None
@@ -259,10 +232,10 @@ class Store:
         )
 
     def _drop(self) -> None:
-        """Close the manager. After a failure the next save makes a new one."""
-        manager, self._manager = self._manager, None
-        if manager is not None:
-            manager.close()
+        """End the writer. After a failure the next save makes a new one."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
 
     # -- reading --------------------------------------------------------------------------------------------------------------
 
@@ -320,7 +293,7 @@ class Store:
                 )
         values = self._read(step, found.entries)
         made = [
-            _like(values[path], leaf) if path in values else leaf
+            like_leaf(values[path], leaf) if path in values else leaf
             for path, leaf in zip(found.paths, leaves, strict=True)
         ]
         return trees.unflatten(trees.structure(like), made), report
@@ -355,78 +328,18 @@ class Store:
         )
 
     def _read(self, step: int, entries: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-        """The values of some entries: tensors on the CPU in memory of their own, arrays of numpy, and plain values."""
-        made: dict[str, Any] = {}
-        whole: dict[tuple[str, ...], Tensor] = {}
-        packed: dict[tuple[str, ...], list[tuple[str, dict[str, Any]]]] = {}
-        for path, entry in entries.items():
-            if "value" in entry:
-                made[path] = plain_trees.decode(entry["value"], [])
-                continue
-            if "at" in entry:
-                packed.setdefault(tuple(entry["array"]), []).append((path, entry))
-                continue
-            made[path] = tensor = torch.empty(entry["shape"], dtype=dtype_named(entry["dtype"]))
-            if "array" in entry:
-                whole[tuple(entry["array"])] = tensor
-        spans = {key: _span(rows) for key, rows in packed.items()}
-        packs = {
-            key: torch.empty(spans[key][1] - spans[key][0], dtype=dtype_named(rows[0][1]["dtype"]))
-            for key, rows in packed.items()
-        }
-        if whole or packs:
-            self._read_arrays(step, whole, packs, spans)
-        for key, rows in packed.items():
-            first = spans[key][0]
-            for path, entry in rows:
-                at, n = entry["at"] - first, int(np.prod(entry["shape"], dtype=np.int64))
-                made[path] = packs[key][at : at + n].view(entry["shape"]).clone()
-        for path, entry in entries.items():
-            if "numpy" in entry:
-                array = array_of(made[path])
-                made[path] = array if entry["numpy"] == "array" else array[()]
-        return made
-
-    def _read_arrays(
-        self,
-        step: int,
-        whole: Mapping[tuple[str, ...], Tensor],
-        packs: Mapping[tuple[str, ...], Tensor],
-        spans: Mapping[tuple[str, ...], tuple[int, int]],
-    ) -> None:
-        ocp = orbax()
-        from .handler import Into, array_handler
-
-        lengths = self._lengths(step) if packs else {}
-        args = {key: Into(target=array_of(one), shape=tuple(one.shape)) for key, one in whole.items()}
-        args |= {key: Into(target=array_of(one), rows=spans[key], shape=(lengths[key],)) for key, one in packs.items()}
-        wanted = nest((key, np.zeros(0)) for key in args)
         folder = self._folder.step(step) / ARRAYS
         try:
-            with ocp.Checkpointer(array_handler()) as reader:
-                reader.restore(
-                    folder,
-                    args=ocp.args.PyTreeRestore(item=wanted, restore_args=nest(args.items()), partial_restore=True),
-                )
+            return read(folder, self._known(step)["index"], entries)
         except Exception as error:
             raise CheckpointError(
                 explain(
-                    f"the checkpoint of step {step} is damaged: an array cannot be read.",
+                    f"the checkpoint of step {step} is damaged: it cannot be read.",
                     where=str(folder),
                     cause=f"{type(error).__name__}: {str(error)[:1000]}",
                     fix=f"restore another step: {some(str(one) for one in self.saved if one != step)}",
                 )
             ) from error
-
-    def _lengths(self, step: int) -> dict[tuple[str, ...], int]:
-        """How many elements each pack has."""
-        lengths: dict[tuple[str, ...], int] = {}
-        for entry in self._known(step)["index"].values():
-            if "at" in entry:
-                key = tuple(entry["array"])
-                end = entry["at"] + int(np.prod(entry["shape"], dtype=np.int64))
-                lengths[key] = max(lengths.get(key, 0), end)
-        return lengths
 
     # -- deleting -------------------------------------------------------------------------------------------------------------
 
@@ -504,43 +417,3 @@ class Store:
                 got=None if self._folder.path.is_dir() else "no such folder",
             )
         )
-
-
-def _span(rows: Sequence[tuple[str, dict[str, Any]]]) -> tuple[int, int]:
-    """The part of a pack that holds these leaves."""
-    ends = [(entry["at"], entry["at"] + int(np.prod(entry["shape"], dtype=np.int64))) for _, entry in rows]
-    return min(first for first, _ in ends), max(last for _, last in ends)
-
-
-def _like(value: Any, leaf: Any) -> Any:
-    """A restored value with the device, dtype and memory layout of a leaf."""
-    if not isinstance(leaf, Tensor) or not isinstance(value, Tensor):
-        return value
-    device = torch.device("cpu") if leaf.is_meta else leaf.device
-    made = value
-    if device != value.device or leaf.dtype != value.dtype or leaf.stride() != value.stride():
-        # The strides of `like` count: another memory layout is another kernel, and other roundings.
-        made = torch.empty_like(leaf, device=device, requires_grad=False)
-        made.copy_(value)  # mutates: memory of our own
-    if isinstance(leaf, nn.Parameter):
-        return nn.Parameter(made, requires_grad=leaf.requires_grad)
-    return made.requires_grad_(leaf.requires_grad)
-
-
-def _quiet(record: logging.LogRecord) -> bool:
-    """Whether a line of the log is to be shown: Orbax's are errors, or none of the user's business (60 lines for a save)."""
-    return record.levelno >= logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-def orbax() -> Any:
-    """Orbax, imported so that JAX leaves the GPU alone and the log stays readable."""
-    import jax
-
-    if jax.config.jax_platforms is None:
-        # Making a CheckpointManager starts JAX's backend, which by default takes the GPU and three quarters of its memory.
-        # Where JAX_PLATFORMS is set, that was the user's own choice.
-        jax.config.update("jax_platforms", "cpu")
-    import orbax.checkpoint as ocp
-
-    logging.getLogger("absl").addFilter(_quiet)  # the same filter is added only once
-    return ocp

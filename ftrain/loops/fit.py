@@ -161,7 +161,8 @@ def fit(
             state = found.state
         elif not donate:
             state = state.copy()
-        session.progress = _progress(progress, state, limits, source)
+        begin = state.counters().step - (0 if found is None else found.position.clock.steps)
+        session.progress = _progress(progress, begin, limits, source)
         with session.signals, streams:
             state, status = session.drive(state, compiled, source, limits, found)
         return Result(state, History(session.records), status)
@@ -173,9 +174,9 @@ def fit(
         session.close(status)
 
 
-def _progress(progress: bool | Progress, state: TrainState, limits: Limits, source: Epochs) -> Progress | None:
+def _progress(progress: bool | Progress, start: int, limits: Limits, source: Epochs) -> Progress | None:
     if progress is False:
         return None
     if progress is not True:
         return progress
-    return console(start=state.counters().step, steps=limits.steps, epochs=limits.epochs, steps_per_epoch=source.length)
+    return console(start=start, steps=limits.steps, epochs=limits.epochs, steps_per_epoch=source.length)
