@@ -1,7 +1,7 @@
 """The names under which the leaves of a tree stand in a checkpoint, and patterns over them.
 
 A leaf's path is its keys from the root, joined with `/`: `state.params["fc.weight"]` is `params/fc.weight`, and
-`state.opt[0].mu["fc.weight"]` is `opt/0/mu/fc.weight`. Dots within a key are left alone. So that no two leaves of a tree can share a
+`state.opt[0].mu["fc.weight"]` is `opt/0/mu/fc.weight` (fields of named tuples by their names). Dots within a key are left alone. So that no two leaves of a tree can share a
 path, a key that holds `~` or `/` has them written `~0` and `~1` (as JSON pointers do), a leading `#` is `~2`, and an integer key of a
 dict is `#3`, apart from the string `"3"`. A tree that is a single leaf has the path `value`.
 """
@@ -52,8 +52,10 @@ def leaf_paths(tree: Any, what: str) -> list[str]:
         parts = []
         for step in accessor:
             key = step.entry
-            if isinstance(step, optree.GetAttrEntry) or isinstance(key, str):
-                parts.append(escape(str(key)))
+            if isinstance(step, optree.NamedTupleEntry):
+                parts.append(step.field)
+            elif isinstance(key, str):
+                parts.append(escape(key))
             elif isinstance(step, optree.SequenceEntry):
                 parts.append(str(key))
             elif type(key) is int:

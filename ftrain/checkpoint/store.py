@@ -18,13 +18,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import rng
 from .. import tree as trees
 from ..errors import CheckpointError, RestoreError, explain
 from . import plain as plain_trees
 from . import record as records
 from .engine import Writer
 from .folder import ARRAYS, Folder, sync_tree
+from .listing import Listing
 from .matching import Match, describe, match
 from .packing import Layout, lay_out
 from .paths import Rename, Select, leaf_paths, some
@@ -67,8 +67,7 @@ class Store:
         self._writer: Writer | None = None
         self._stale = False  # whether the writer believes in a step that was deleted
         self._pending: tuple[int, int] | None = None  # step and bytes of the save in the background
-        self._records: dict[int, records.Record] = {}
-        self.damaged: dict[int, str] = {}
+        self._listing = Listing(self._folder)
 
     @property
     def path(self) -> str:
@@ -83,24 +82,19 @@ class Store:
 
     @property
     def saved(self) -> list[int]:
-        """The steps that are complete, ascending. Those whose record cannot be read are in `damaged`, with the reason."""
-        found = []
-        self.damaged = {}
-        for step in self._folder.steps():
-            if not self._folder.record(step).exists():
-                continue
-            try:
-                self._record(step)
-            except CheckpointError as error:
-                self.damaged[step] = str(error)
-            else:
-                found.append(step)
-        return found
+        """The steps that are complete, ascending. Those that are damaged are not among them: see `damaged`."""
+        return self._listing.saved()
+
+    @property
+    def damaged(self) -> dict[int, str]:
+        """The steps whose record cannot be read, with the reason."""
+        self._listing.saved()
+        return self._listing.damaged
 
     @property
     def foreign(self) -> list[int]:
         """The steps that were not written in this folder (copied there, or by another program): never deleted."""
-        return [step for step in self._folder.steps() if not self._own(step)]
+        return [step for step in self._folder.steps() if not self._listing.own(step)]
 
     def document(self, step: int) -> dict[str, Any]:
         """The document that was saved with a step, and under `format`, `step`, `folder` and `versions` what wrote it.
@@ -108,7 +102,7 @@ class Store:
         Raises:
             CheckpointError: there is no such step, or it is damaged.
         """
-        record = self._known(step)
+        record = self._listing.record(step)
         return {**plain_trees.decode(record["document"], []), **{name: record[name] for name in RESERVED}}
 
     def describe(self, step: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -304,7 +298,7 @@ class Store:
         Raises:
             CheckpointError: there is no such step, or it is damaged.
         """
-        record = self._known(step)
+        record = self._listing.record(step)
         entries = {path: entry for path, entry in record["index"].items() if path.startswith(PLAIN + "/")}
         values = self._read(step, entries)
         arrays = [values[f"{PLAIN}/{i}"] for i in range(len(entries))]
@@ -312,7 +306,7 @@ class Store:
         return made
 
     def _leaves(self, step: int) -> dict[str, dict[str, Any]]:
-        index = self._known(step)["index"]
+        index = self._listing.record(step)["index"]
         return {path: entry for path, entry in index.items() if not path.startswith(PLAIN + "/")}
 
     def _match(self, step: int, like: Any, select: Select | None, rename: Rename | None, cast: bool) -> Match:
@@ -330,7 +324,7 @@ class Store:
     def _read(self, step: int, entries: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         folder = self._folder.step(step) / ARRAYS
         try:
-            return read(folder, self._known(step)["index"], entries)
+            return read(folder, self._listing.record(step)["index"], entries)
         except Exception as error:
             raise CheckpointError(
                 explain(
@@ -351,8 +345,8 @@ class Store:
         """
         self._may_write("deleting a checkpoint")
         if step not in self._folder.steps():
-            raise self._no_step(step)
-        if not self._own(step):
+            raise self._listing.no_step(step)
+        if not self._listing.own(step):
             raise CheckpointError(
                 explain(
                     f"the checkpoint of step {step} was not written in this folder, so it is not deleted.",
@@ -362,7 +356,7 @@ class Store:
                 )
             )
         self._folder.discard(step)
-        self._records.pop(step, None)
+        self._listing.forget(step)
         self._stale = True
 
     def close(self) -> None:
@@ -390,30 +384,3 @@ class Store:
                     fix=f"Store({self.path!r}, write=True)",
                 )
             )
-
-    def _own(self, step: int) -> bool:
-        try:
-            return bool(self._record(step)["folder"] == self._folder.id)
-        except CheckpointError:
-            return False
-
-    def _record(self, step: int) -> records.Record:
-        if step not in self._records or not self._folder.record(step).exists():
-            self._records[step] = records.read(self._folder.record(step))
-        return self._records[step]
-
-    def _known(self, step: int) -> records.Record:
-        if step not in self._folder.steps():
-            raise self._no_step(step)
-        return self._record(step)
-
-    def _no_step(self, step: int) -> CheckpointError:
-        saved = self.saved
-        return CheckpointError(
-            explain(
-                f"there is no checkpoint of step {step}." if saved else "there are no checkpoints.",
-                where=self.path,
-                expected=f"one of {', '.join(map(str, saved))}" if saved else "a folder with checkpoints",
-                got=None if self._folder.path.is_dir() else "no such folder",
-            )
-        )

@@ -133,7 +133,7 @@ class Stored:
     def _averaged(self, params: str) -> dict[str, str]:
         """The same names with the paths of the averages; `Average` is a tuple of parameters, buffers and a count."""
         root = f"extra/{escape(params)}"
-        means = {**self._under(f"{root}/0"), **self._under(f"{root}/1")}
+        means = {**self._under(f"{root}/params"), **self._under(f"{root}/buffers")}
         wanted = {**self._under("params"), **self._under("buffers")}
         if means.keys() != wanted.keys():
             known = dict.fromkeys(path.split("/")[1] for path in self._leaves if path.startswith("extra/"))
