@@ -293,3 +293,24 @@ def test_bad_arguments(options, text):
 def test_bad_starts_of_a_loop(start, kind, text):
     with pytest.raises(kind, match=f"(?s){text}"):
         ft.loop(ft.init(MODEL, TX), STEP, BATCHES, start=start)
+
+
+def test_a_last_save_that_fails_after_ctrl_c_is_not_hidden():
+    class Full(Memory):
+        def wait(self):
+            raise ft.errors.CheckpointError("the disk is full")
+
+    with pytest.raises(ft.errors.CheckpointError, match="the disk is full") as caught:
+        quick(hooks=[interrupting(1)], checkpoint=Full(ft.every(epochs=9)))
+    assert caught.value.ftrain.state.counters().step == 3
+
+
+def test_a_second_sigterm_does_not_end_the_process_while_it_saves():
+    class Slow(Memory):
+        def wait(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    saver = Slow(ft.every(epochs=9))
+    result = quick(hooks=[interrupting(1, signal.SIGTERM)], checkpoint=saver)
+    assert result.reason == "terminated"
+    assert len(saver.shots) == 1

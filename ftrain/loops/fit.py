@@ -151,7 +151,7 @@ def fit(
         signals=Signals(signals),
         streams=streams,
     )
-    status = "error"
+    status, failed = "error", False
     try:
         found: Snapshot | None = None
         if checkpoint is not None:
@@ -165,13 +165,15 @@ def fit(
         session.progress = _progress(progress, begin, limits, source)
         with session.signals, streams:
             state, status = session.drive(state, compiled, source, limits, found)
+            if session.saver is not None:
+                session.saver.wait()  # under our handlers still: a second SIGTERM would end the process in the middle of a save
         return Result(state, History(session.records), status)
     except BaseException as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "error"
+        status, failed = "interrupted" if isinstance(error, KeyboardInterrupt) else "error", True
         session.fail(error, given)
         raise
     finally:
-        session.close(status)
+        session.close(status, failed=failed)
 
 
 def _progress(progress: bool | Progress, start: int, limits: Limits, source: Epochs) -> Progress | None:

@@ -396,12 +396,12 @@ class Session:
         kept = "was given away (donate=True)" if given is None else "is unchanged"
         error.add_note(f"ftrain: raised in ft.fit, {where}. The state given to ft.fit {kept}.")
 
-    def close(self, status: str) -> None:
+    def close(self, status: str, *, failed: bool) -> None:
         """Close what can be closed, each whatever the others do; the first failure is raised."""
         failures: list[BaseException] = []
         if self.saver is not None:
             try:
-                self.saver.close(status in ("error", "interrupted"))
+                self.saver.close(failed)
             except Exception as error:
                 failures.append(error)
         for one in (self.progress, *self.sinks):
@@ -411,7 +411,7 @@ class Session:
                     close(status)
                 except Exception as error:  # raised below, once all are closed
                     failures.append(error)
-        if failures and status not in ("error", "interrupted"):  # else an error is on its way already
+        if failures and not failed:  # else an error is on its way already
             raise failures[0]
 
 
