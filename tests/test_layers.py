@@ -56,6 +56,8 @@ SYNC_FILES = {
     "state.py": "the counters, where the host has no copy of them yet",
     "optim/torch_adapter.py": "hyper-parameters of an optimizer of torch, on the CPU unless the user put them elsewhere",
     "optim/kept.py": "numbers that an optimizer of torch keeps, on the CPU",
+    "checkpoint/dtypes.py": "the memory of a tensor on the CPU, as an array",
+    "checkpoint/journal.py": "arrays among the metrics of a record, which lie on the host",
 }
 
 NOT_IN_PLACE = {"requires_grad_"}  # changes what is recorded, not the values
@@ -65,6 +67,8 @@ MUTATES_FILES: dict[str, str] = {
     "data/failures.py": "a generator that is put back, to find the order of a loader again",
     "steps/donation.py": "donation outside of a graph: the eager rungs",
     "optim/rules/quasi_newton.py": "a copy of L-BFGS's history, made once for an update",
+    "checkpoint/staging.py": "the copy in host memory from which a save is written",
+    "checkpoint/reading.py": "fresh memory, laid out as the leaf that is restored",
 }
 
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

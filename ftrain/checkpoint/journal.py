@@ -101,9 +101,8 @@ def _record(row: dict[str, Any]) -> Record:
 
 def _encode(value: Any) -> Any:
     if isinstance(value, Tensor):
-        bits = (
-            value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-        )  # a record is on the host already
+        flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
+        bits = flat.numpy()  # sync: none, what is recorded is on the host
         kind = str(value.dtype).removeprefix("torch.")
         return {"tensor": kind, "shape": list(value.shape), "bytes": base64.b64encode(bits.tobytes()).decode()}
     if isinstance(value, (np.ndarray, np.generic)):

@@ -83,9 +83,9 @@ class TokenWindows(Node):
 
 
 def _flat(array: Any, what: str) -> Any:
-    flat = (
-        array.detach().numpy() if isinstance(array, Tensor) and array.device.type == "cpu" else array
-    )  # sync: on the CPU
+    flat = array
+    if isinstance(array, Tensor) and array.device.type == "cpu":
+        flat = array.detach().numpy()  # sync: none, it lies on the CPU
     if not isinstance(flat, np.ndarray) or flat.ndim != 1 or flat.dtype.kind not in "iu":
         raise DataError(
             explain(
