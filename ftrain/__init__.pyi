@@ -12,6 +12,8 @@ from . import types as types
 from ._version import __version__ as __version__
 from .checkpoint import Checkpoints as Checkpoints
 from .checkpoint import keep as keep
+from .checkpoint import restore as restore
+from .checkpoint import save as save
 from .loops import Evaluator as Evaluator
 from .loops import Event as Event
 from .loops import Failure as Failure

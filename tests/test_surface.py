@@ -11,11 +11,12 @@ import ftrain
 DOOR = """
 Checkpoints CompiledStep Evaluator Event Failure History Hook Outcome Policy Position Record Result Snapshot Tick TrainState Transform __version__ as_step at bind
 checkpoint compile data errors eval_step evaluate every fit hooks init keep loop loops make_step make_update metrics on optim predict
-predict_step rng schedules sinks testing to_module train_step tree types until update_bn value_and_grad with_accumulation
+predict_step restore rng save schedules sinks testing to_module train_step tree types until update_bn value_and_grad with_accumulation
 with_ema with_float8 with_grad_stats with_loss_scale with_precision with_remat with_sam with_swa
 """
 INSIDE = {
-    "ftrain.checkpoint": "Checkpoints Entry Keep best from_safetensors from_torch keep to_safetensors to_torch",
+    "ftrain.checkpoint": "Checkpoints Entry Keep Report best compare from_safetensors from_torch keep restore save "
+    "to_safetensors to_torch",
     "ftrain.data": "Epochs Feed Source Window Windows as_epochs chain close_iterator collate curriculum mix source to_device tokens "
     "window zip zip_cycle zip_longest zip_shortest",
     "ftrain.optim": "AdadeltaState AdafactorState AdagradState AdamState AdamaxState AsgdState ClipState ConditionState "

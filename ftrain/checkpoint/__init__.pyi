@@ -7,3 +7,7 @@ from .imports import from_safetensors as from_safetensors
 from .imports import from_torch as from_torch
 from .keeping import Keep as Keep
 from .keeping import keep as keep
+from .report import Report as Report
+from .restoring import compare as compare
+from .restoring import restore as restore
+from .saving import save as save

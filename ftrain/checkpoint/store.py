@@ -69,6 +69,12 @@ class Store:
         self._pending: tuple[int, int] | None = None  # step and bytes of the save in the background
         self._listing = Listing(self._folder)
 
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     @property
     def path(self) -> str:
         """The folder."""
