@@ -30,10 +30,11 @@ class Writer:
 
     Args:
         path: the folder.
-        committed: called in the background when a step has its final name; `wait` returns after it.
+        written: called in the background when all of a step is written (Orbax syncs only its arrays to the disk), before it is
+            renamed to its final name.
     """
 
-    def __init__(self, path: Path, committed: Callable[[], None]) -> None:
+    def __init__(self, path: Path, written: Callable[[], None]) -> None:
         ocp = orbax()
         from .handler import array_handler
 
@@ -50,7 +51,7 @@ class Writer:
                     timeout_secs=TIMEOUT,
                     # True: a save that fails at once leaves threads that hold up the interpreter's exit for 300 s
                     create_directories_asynchronously=False,
-                    post_finalization_callback=committed,
+                    post_finalization_callback=written,
                 ),
             ),
         )

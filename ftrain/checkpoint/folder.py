@@ -107,6 +107,11 @@ class Folder:
             if left.exists():
                 shutil.rmtree(left)
 
+    def sync_unfinished(self) -> None:
+        """Return when the files of a save that is about to be renamed are on the disk."""
+        for one in self.path.glob(UNFINISHED):
+            sync_tree(one)
+
     def close(self) -> None:
         """Let others write."""
         if self._lock is not None:

@@ -89,7 +89,7 @@ class TensorHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orb
             store = await tensorstore.open(made, create=True, open=True, context=info.ts_context)
             await store.write(array, can_reference_source_data_indefinitely=True)
 
-        await asyncio.gather(*[one(*row) for row in zip(arrays, infos, args, strict=True)])
+        await _all([one(*row) for row in zip(arrays, infos, args, strict=True)])
 
     async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Any:
         given = args or [ocp.RestoreArgs()] * len(infos)
@@ -115,7 +115,16 @@ class TensorHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orb
             await tensorstore.array(arg.target, copy=False, write=True).write(part)
             return arg.target
 
-        return list(await asyncio.gather(*[one(*row) for row in zip(infos, given, strict=True)]))
+        return await _all([one(*row) for row in zip(infos, given, strict=True)])
+
+
+async def _all(work: Sequence[Any]) -> list[Any]:
+    """The results of all, or the first error once all are over: what still ran would find its event loop closed."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for one in results:
+        if isinstance(one, BaseException):
+            raise one
+    return list(results)
 
 
 def rows_of(shape: tuple[int, ...], itemsize: int, target: int) -> tuple[int, ...]:

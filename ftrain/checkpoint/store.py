@@ -161,7 +161,7 @@ class Store:
         self._pending = (step, layout.nbytes)
         try:
             if self._writer is None:
-                self._writer = Writer(self._folder.path, self._committed)
+                self._writer = Writer(self._folder.path, self._folder.sync_unfinished)
             elif self._stale:
                 self._writer.reload()
             self._stale = False
@@ -191,11 +191,6 @@ class Store:
         layout = lay_out([*leaves, *((f"{PLAIN}/{i}", one) for i, one in enumerate(inner))], what)
         return layout, records.make(step, self._folder.id, layout.entries, coded, said)
 
-    def _committed(self) -> None:
-        """In Orbax's thread, when the step has its final name: Orbax syncs the arrays, but not JSON, metadata and folders."""
-        if self._pending is not None:
-            sync_tree(self._folder.step(self._pending[0]))
-
     def wait(self) -> None:
         """Return when all that was saved is complete and on the disk.
 
@@ -207,6 +202,9 @@ class Store:
         try:
             assert self._writer is not None
             self._writer.wait()
+            sync_tree(
+                self._folder.step(self._pending[0])
+            )  # its new name, that is: the rest was synced before it was renamed
         except Exception as error:
             raise self._failure(error) from error
         self._pending = None
