@@ -114,7 +114,7 @@ def test_a_checkpoint_can_become_a_run_of_its_own(tmp_path):
     whole = run("arrays")
     ckpt = checkpoints(tmp_path / "a", every=ft.every(steps=5))
     run("arrays", ckpt)
-    with pytest.raises(ft.errors.CheckpointError, match="(?s)step 10 is not the newest.*shutil.copytree") as caught:
+    with pytest.raises(ft.errors.CheckpointError, match=r"(?s)step 10 is not the newest.*shutil.copytree") as caught:
         run("arrays", ckpt, resume=10)
     fix = str(caught.value).split("fix:")[1].replace("ft.Checkpoints", "#")
     exec("import shutil\n" + "\n".join(line.strip() for line in fix.splitlines()))
@@ -217,7 +217,7 @@ def test_latest_has_to_be_there_and_auto_does_not(tmp_path):
 
 def test_a_path_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ft.errors.CheckpointError, match="(?s)the path is a file.*a folder, or nothing yet"):
+    with pytest.raises(ft.errors.CheckpointError, match=r"(?s)the path is a file.*a folder, or nothing yet"):
         ft.Checkpoints(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -238,13 +238,13 @@ def test_bad_arguments(options, text, tmp_path):
 
 def test_keeping_by_an_evaluator_that_is_not_there(tmp_path):
     evals = {"test": ft.Evaluator(EVAL, BATCHES)}
-    with pytest.raises(ft.errors.CheckpointError, match="(?s)no evaluator 'val'.*one of the evaluators: test"):
+    with pytest.raises(ft.errors.CheckpointError, match=r"(?s)no evaluator 'val'.*one of the evaluators: test"):
         begin(checkpoint=checkpoints(tmp_path, keep=ft.keep(best=1, by="val/loss")), evals=evals)
 
 
 def test_keeping_by_a_metric_that_never_appears(tmp_path):
     ckpt = checkpoints(tmp_path, keep=ft.keep(best=1, by="val/los"))
-    with pytest.raises(ft.errors.LimitError, match="(?s)'val/los' never appears.*val/loss") as caught:
+    with pytest.raises(ft.errors.LimitError, match=r"(?s)'val/los' never appears.*val/loss") as caught:
         run("list", ckpt)
     assert caught.value.ftrain.state.counters().step == 4  # nothing is lost
 
@@ -288,7 +288,7 @@ def test_the_newest_is_damaged(tmp_path):
     run("arrays", ckpt, epochs=None, steps=12)
     (tmp_path / "12" / "document" / "metadata").write_text("{")
     with pytest.raises(
-        ft.errors.CheckpointError, match="(?s)step 12, which is damaged.*goes on with step 10"
+        ft.errors.CheckpointError, match=r"(?s)step 12, which is damaged.*goes on with step 10"
     ) as caught:
         run("arrays", ckpt, resume="auto")
     exec("import shutil\n" + str(caught.value).split("fix:")[1].strip())
@@ -354,3 +354,41 @@ def test_workers_of_a_loader_start_after_a_save_without_a_warning(tmp_path):
         warnings.simplefilter("error")
         result = begin(checkpoint=checkpoints(tmp_path), data=loader, batch_size=None, epochs=3)
     assert result.state.counters().step == 21
+
+
+@pytest.mark.parametrize("kind", ["arrays", "loader", "window-carry", "source"])
+def test_three_epochs_that_are_gone_on_with_three_times_in_an_epoch_read_each_sample_once_an_epoch(kind, tmp_path):
+    ids = torch.arange(50)
+    inner = ft.train_step(MODEL, lambda m, batch: nn.functional.cross_entropy(m(batch["x"]), batch["y"]), TX)
+
+    def step(state, batch):
+        parts = batch.batches if isinstance(batch, ft.data.Window) else (batch,)
+        found = torch.cat([part["id"] for part in parts])
+        state, metrics = inner(state, batch)
+        return state, {**metrics, "id": ft.metrics.Collect((found,))}
+
+    rows = [{"x": X[i], "y": Y[i], "id": ids[i]} for i in range(50)]
+    arrays = {"x": X, "y": Y, "id": ids}
+    data = {
+        "arrays": lambda: (arrays, 8),
+        "loader": lambda: (torch.utils.data.DataLoader(rows, batch_size=8, shuffle=True), None),
+        "window-carry": lambda: (ft.data.window(arrays, 2, short="carry", batch_size=8), None),
+        "source": lambda: (ft.data.source(arrays).shuffle().map(lambda row: row).batch(8), None),
+    }[kind]
+
+    def go(limit):
+        batches, size = data()
+        options = {"progress": False, "compile": False, "log": ft.every(steps=1), "batch_size": size}
+        ckpt = checkpoints(tmp_path, every=ft.every(steps=1))
+        return ft.fit(ft.init(MODEL, TX, seed=3), step, batches, checkpoint=ckpt, resume="auto", **limit, **options)
+
+    for steps in (2, 4, 6) if kind == "window-carry" else (2, 4, 6, 9, 11, 13, 15, 18, 20):
+        go({"steps": steps})
+    result = go({"epochs": 3})
+    seen = torch.cat([torch.as_tensor(record.metrics["id"]) for record in result.history if record.split == "train"])
+    epochs = seen.split(50)
+    assert len(seen) == (148 if kind == "window-carry" else 150)  # the last batch waits for a fourth epoch
+    for epoch in epochs[:2]:
+        assert sorted(epoch.tolist()) == list(range(50))
+    assert len(set(epochs[2].tolist())) == len(epochs[2])
+    assert epochs[0].tolist() != epochs[1].tolist()
