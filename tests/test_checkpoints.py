@@ -1,5 +1,6 @@
 """`fit` with `ft.Checkpoints`: a run in pieces, in one folder; what is kept; what cannot go on, and what that says."""
 
+import itertools
 import json
 import shutil
 import signal
@@ -104,7 +105,7 @@ def test_the_records_on_the_disk_only_grow(tmp_path):
         sizes.append(path.read_bytes() if path.exists() else b"")
 
     result = run("arrays", ckpt, sinks=[look])
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in itertools.pairwise(sizes):
         assert b.startswith(a)
     lines = (tmp_path / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [record.step for record in result.history]
@@ -210,7 +211,7 @@ def test_bad_resumes(options, text, tmp_path):
 
 
 def test_latest_has_to_be_there_and_auto_does_not(tmp_path):
-    with pytest.raises(ft.errors.CheckpointError, match='(?s)no checkpoints.*resume="auto"'):
+    with pytest.raises(ft.errors.CheckpointError, match=r'(?s)no checkpoints.*resume="auto"'):
         begin(checkpoint=checkpoints(tmp_path), resume="latest")
     assert begin(checkpoint=checkpoints(tmp_path), resume="auto").reason == "epochs"
 
