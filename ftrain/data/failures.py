@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from .. import rng, tree
 from ..errors import DataError, explain
 from .generators import put_generators, states_of
+from .workers import fallen
 
 __all__ = ["Failing", "clear"]
 
@@ -61,8 +62,12 @@ def clear(error: Exception, failing: Failing) -> Exception:
     if isinstance(error, DataError) or not isinstance(failing.loader, DataLoader):
         return error
     text = str(error)
-    if text.startswith(_WORKER) or _dead(failing.iterator):
-        return DataError(_died(text, failing))
+    dead = fallen(failing.iterator, error)
+    if dead or text.startswith(_WORKER):
+        traceback.clear_frames(
+            error.__traceback__
+        )  # torch tries out how many files it can open, and leaves them to the collector
+        return DataError(_died(text, failing, dead))
     frames = list(_frames(error.__traceback__))
     indices, data = _fetched(frames)
     worker = re.search(r"in DataLoader worker process (\d+)", text)
@@ -82,18 +87,9 @@ def clear(error: Exception, failing: Failing) -> Exception:
 # -- workers that die -------------------------------------------------------------------------------------------------------------------
 
 
-def _dead(iterator: Any) -> list[tuple[int, Any]]:
-    """Workers that ended otherwise than by themselves, with their numbers."""
-    return [(i, one) for i, one in enumerate(getattr(iterator, "_workers", ())) if one.exitcode not in (None, 0)]
-
-
-def _died(text: str, failing: Failing) -> str:
-    named = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", text)
+def _died(text: str, failing: Failing, dead: list[tuple[int, Any]]) -> str:
     where, got, batches = "a worker", text.splitlines()[0], [failing.batch]
-    workers = [one for one in getattr(failing.iterator, "_workers", ()) if named and str(one.pid) in named.group(1)]
-    for worker in workers:
-        worker.join(timeout=1)  # its end is known before how it ended
-    for number, worker in _dead(failing.iterator)[:1]:
+    for number, worker in dead[:1]:
         tasks = getattr(failing.iterator, "_task_info", {})
         waiting = [
             index + failing.base for index, task in sorted(tasks.items()) if len(task) == 1 and task[0] == number

@@ -13,8 +13,6 @@ Laws
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +25,7 @@ from .frozen import freeze, thaw
 from .generators import parts_of, put_generators, states_of
 from .loader_facts import length_of, restores
 from .reader import Place, close_iterator
+from .workers import Watched, deaf, end_workers
 
 _NOTHING: Any = object()
 
@@ -70,7 +69,7 @@ class Memory:
         loader, self.loader = self.loader, None
         iterator = getattr(loader, "_iterator", None)
         if iterator is not None and getattr(loader, "persistent_workers", False):
-            _end_workers(iterator, loader)
+            end_workers(iterator, loader)
 
 
 class Turn(NamedTuple):
@@ -127,10 +126,7 @@ class Opened(Iterator[Any]):
             self._ended()
             raise
         except Exception as error:
-            try:
-                better = clear(error, self._failing())
-            except RuntimeError as second:  # raised by torch's handler of SIGCHLD, wherever we are
-                better = clear(second, self._failing())
+            better = clear(error, self._failing())
             if better is error:
                 raise
             raise better from error
@@ -144,7 +140,7 @@ class Opened(Iterator[Any]):
             return  # one that the user passed can be resumed by him
         with self.streams:
             close_iterator(iterator)
-        _end_workers(iterator, self.found)
+        end_workers(iterator, self.found)
 
     def place(self) -> dict[str, Any]:
         """What stands in the place beside its count."""
@@ -152,7 +148,7 @@ class Opened(Iterator[Any]):
 
     def _next(self) -> Any:
         assert self.iterator is not None, "it has begun"
-        with self.streams:
+        with self.streams, Watched(self.iterator):
             return next(self.iterator)
 
     def _begin(self) -> None:
@@ -167,7 +163,7 @@ class Opened(Iterator[Any]):
                 for _, part in parts_of(self.found):
                     if callable(getattr(part, "set_epoch", None)):
                         part.set_epoch(self.turn.epoch)
-            with _deaf():
+            with deaf():
                 return iter(self.found)
 
     def _skip(self) -> None:
@@ -181,11 +177,10 @@ class Opened(Iterator[Any]):
             warnings.warn(_replays(self), DataWarning, stacklevel=2)
         self.read = 0
         for count in range(wanted):
-            with self.streams:  # for each, as when they were read first
-                try:
-                    next(self.iterator)
-                except StopIteration:
-                    raise DataError(_short(self.turn.what, self.turn.epoch, wanted, count)) from None
+            try:
+                Opened._next(self)  # one by one, as when they were read first
+            except StopIteration:
+                raise DataError(_short(self.turn.what, self.turn.epoch, wanted, count)) from None
             self.read += 1
 
     def _failing(self) -> Failing:
@@ -272,7 +267,7 @@ class Stateful(Opened):
                     if callable(getattr(part, "set_epoch", None)):
                         part.set_epoch(self.turn.epoch)
                 self.found.load_state_dict(thaw(self.start["loader"]))
-                with _deaf():
+                with deaf():
                     if not self.start["batch"]:
                         self.found.state_dict()  # torchdata loads when it is asked for something
                         return None
@@ -378,32 +373,6 @@ def opened(found: Any, turn: Turn, place: Place, memory: Memory, streams: rng.Is
 
 def _extras(place: Place) -> dict[str, Any]:
     return {key: value for key, value in place.items() if key != "batch"}
-
-
-def _end_workers(iterator: Any, loader: Any) -> None:
-    """End the workers of a DataLoader's iterator now: an exception's traceback may keep it alive for long."""
-    shutdown = getattr(iterator, "_shutdown_workers", None)
-    if shutdown is None:
-        return
-    shutdown()
-    if getattr(loader, "persistent_workers", False) and getattr(loader, "_iterator", None) is iterator:
-        loader._iterator = None  # it would be used again
-
-
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Processes started in here do not hear Ctrl-C, which a terminal sends to all: the main one decides when they end.
-
-    Workers that die of it are an error in the main process, which would then end with that, in the middle of a step.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _replays(reading: Opened) -> str:
