@@ -766,6 +766,19 @@ def test_what_a_killed_writer_left_is_cleared_away(tmp_path):
         store.save(3, tree, {}, block=True)
 
 
+def test_a_deletion_that_is_cut_off_leaves_no_half_of_a_step(tmp_path, monkeypatch):
+    with Store(tmp_path, write=True) as store:
+        store.save(1, {"w": torch.ones(3)}, {}, block=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(shutil, "rmtree", lambda path: (path / "document" / "metadata").unlink() or 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                store.delete(1)
+        assert (store.saved, store.damaged, store.foreign) == ([], {}, [])
+        assert list((tmp_path / ".trash").iterdir())
+    with Store(tmp_path, write=True) as store:
+        assert not (tmp_path / ".trash").exists()
+
+
 KILLED = """
 import sys, torch
 from ftrain.checkpoint.store import Store
