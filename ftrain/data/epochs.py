@@ -18,8 +18,9 @@ from torch import Tensor
 
 from .. import tree
 from ..errors import DataError, explain
+from .iterating import Memory, Turn
 from .loader_facts import facts_of, length_of, sizes_of
-from .loaders import Memory, Turn, opened
+from .loaders import opened
 from .order import permutation
 from .reader import Place, Reader
 
