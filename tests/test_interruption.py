@@ -4,7 +4,10 @@ import os
 import signal
 import threading
 
+import numpy as np
+import psutil
 import pytest
+import torch
 
 import ftrain as ft
 
@@ -314,3 +317,70 @@ def test_a_second_sigterm_does_not_end_the_process_while_it_saves():
     result = quick(hooks=[interrupting(1, signal.SIGTERM)], checkpoint=saver)
     assert result.reason == "terminated"
     assert len(saver.shots) == 1
+
+
+@pytest.mark.parametrize("how", ["signal", "error"])
+def test_hooks_that_drew_before_an_evaluation_that_did_not_end_are_not_called_again(how):
+    def go(saver, armed, **more):
+        calls = []
+
+        def evaluate(state, batch):
+            calls.append(batch)
+            if armed and len(calls) == 1:
+                if how == "error":
+                    raise Trouble
+                os.kill(os.getpid(), signal.SIGINT)
+            return EVAL(state, batch)
+
+        def draws(state, event):
+            return ft.Outcome(state, {"drawn": float(np.random.rand())})
+
+        evals = {"val": ft.Evaluator(evaluate, BATCHES[:2], every=ft.every(steps=4) | ft.every(epochs=1))}
+        hooks = [ft.on("step", draws)]
+        options = {"epochs": 3, "log": ft.every(steps=3), "progress": False, "compile": False}
+        state = ft.init(MODEL, TX, seed=3)
+        return ft.fit(state, STEP, BATCHES, evals=evals, hooks=hooks, checkpoint=saver, **options, **more)
+
+    whole = go(None, False)
+    saver = Memory(ft.every(epochs=100))
+    if how == "error":
+        with pytest.raises(Trouble):
+            go(saver, True)
+    else:
+        assert go(saver, True).reason == "interrupted"
+    assert_same(go(Memory(ft.every(epochs=100), saver.shots[0]), False, resume="auto"), whole)
+
+
+def test_seconds_go_on_where_they_were():
+    saver = Memory(ft.every(steps=2))
+    first = quick(checkpoint=saver, log=ft.every(steps=1))
+    again = quick(checkpoint=Memory(ft.every(epochs=9), saver.shots[0]), resume="auto", log=ft.every(steps=1))
+    for history in (first.history, again.history):
+        seconds = [record.seconds for record in history]
+        assert seconds == sorted(seconds)
+    assert saver.shots[0].position.clock.seconds >= first.history[1].seconds
+
+
+def test_workers_that_persist_end_with_the_run():
+    loader = torch.utils.data.DataLoader(BATCHES, batch_size=None, num_workers=1, persistent_workers=True)
+    before = set(psutil.Process().children())
+    for data in (loader, ft.data.window(loader, 2)):
+        ft.fit(ft.init(MODEL, TX), STEP, data, epochs=2, progress=False, compile=False)
+        assert set(psutil.Process().children()) == before
+        with pytest.raises(Trouble):
+            fit_on(data)
+        assert set(psutil.Process().children()) == before
+    state = STEP.init(ft.init(MODEL, TX))
+    ft.evaluate(state, EVAL, loader, compile=False)
+    next(ft.predict(state, ft.predict_step(MODEL, lambda m, batch: m(batch["x"])), loader, compile=False))
+    ticks = ft.loop(state, STEP, loader)
+    next(ticks)
+    ticks.close()
+    assert set(psutil.Process().children()) == before
+
+
+def fit_on(data):
+    def hook(state, event):
+        raise Trouble
+
+    ft.fit(ft.init(MODEL, TX), STEP, data, epochs=2, progress=False, compile=False, hooks=[ft.on("step", hook)])

@@ -35,7 +35,9 @@ class Checkpoints:
     """Where `fit` saves, when, and which checkpoints are kept. A folder holds the checkpoints of one run.
 
     A checkpoint has everything that the run needs to go on exactly: state, place in the data, metrics that were not recorded yet,
-    memory of hooks, random streams, clocks and records. It is written in the background, from a copy in host memory.
+    memory of hooks, random streams, clocks and records. It is written in the background, from a copy in host memory. A run goes on
+    with the model, optimizer, wrappers, hooks with memory, data and seed that it had; anything else is an error that lists what
+    differs.
 
     Args:
         path: the folder; made where there is none.

@@ -4,6 +4,7 @@
     300/                          the checkpoint of step 300, as Orbax writes it; renamed to this name when it is complete
     300/document/metadata         its record (JSON, see `record`)
     300/arrays/                   its arrays (zarr in OCDBT), for anyone who has Orbax
+    history.jsonl                 the records of the run (see `journal`)
     .trash/                       checkpoints on their way out: renamed first, so that none is ever half there
     .lock  .writer                the lock of whoever writes, and who that is
 

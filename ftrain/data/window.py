@@ -73,6 +73,7 @@ class Windows:
             facts=facts,
             finish=None if source.finish is None else _each(source.finish, self.size),
             between=lambda: {"inner": source.start(), "over": list(grouped.over)},
+            closing=source.close,
         )
 
     def __repr__(self) -> str:
@@ -152,7 +153,8 @@ def window(data: Any, size: Size, *, short: Short = "step", batch_size: int | No
     """Group the batches of a loader, so that each step sees several and accumulates their gradients.
 
     Args:
-        data: as for `ft.fit`: a list of batches, a DataLoader, a function `epoch -> iterable`, or arrays with `batch_size=`.
+        data: as for `ft.fit`: an `ft.data.source`, a list of batches, a DataLoader, a function `epoch -> iterable`, or arrays with
+            `batch_size=`.
         size: batches in a window, or a function `epoch -> size`, e.g. `lambda epoch: 1 if epoch < 5 else 4`.
         short: what becomes of the batches that are left at the end of an epoch: `"step"` makes a short window of them, which
             counts for as much as it weighs; `"drop"` leaves them out; `"carry"` puts them at the front of the next epoch (what is

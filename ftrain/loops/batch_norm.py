@@ -92,6 +92,7 @@ def update_bn(
             buffers = {name: new[name] for name in state.buffers}
     finally:
         feed.close()
+        source.close()
     if count == 0:
         raise DataError(explain("ft.update_bn: the data has no batches.", expected="at least one batch"))
     if not any(

@@ -139,7 +139,10 @@ def evaluate(
     check_state(state, "ft.evaluate")
     source = ungrouped(data, seed=state.counters().seed, batch_size=batch_size, what="ft.evaluate")
     source.check("ft.evaluate")
-    return run(state, prepare(eval_step, compile, donate=False, backend=backend, what="ft.evaluate"), source)
+    try:
+        return run(state, prepare(eval_step, compile, donate=False, backend=backend, what="ft.evaluate"), source)
+    finally:
+        source.close()
 
 
 class Stopped(Exception):
@@ -203,9 +206,15 @@ def predict(
     check_state(state, "ft.predict")
     source = ungrouped(data, seed=state.counters().seed, batch_size=batch_size, what="ft.predict")
     source.check("ft.predict")
-    return _outputs(
-        state, prepare(predict_step, compile, donate=False, backend=backend, what="ft.predict"), source, "ft.predict"
-    )
+    step = prepare(predict_step, compile, donate=False, backend=backend, what="ft.predict")
+
+    def outputs() -> Iterator[Any]:
+        try:
+            yield from _outputs(state, step, source, "ft.predict")
+        finally:
+            source.close()
+
+    return outputs()
 
 
 def _outputs(state: TrainState, step: CompiledStep, source: Epochs, name: str) -> Iterator[Any]:

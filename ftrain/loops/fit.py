@@ -83,10 +83,12 @@ def fit(
     Args:
         state: where to begin. It stays valid: `fit` works on one copy (none with `donate=True`).
         step: `(state, batch) -> (state, metrics)`, e.g. `ft.train_step(model, loss_fn, tx)`; one from `ft.compile` is taken as it is.
-        data: a list of batches, a DataLoader or other iterable, a function `epoch -> iterable`, or, with `batch_size=`, a tuple or
-            dict of arrays of equal length. Batches are any tree of tensors and arrays, and are moved to the state's device.
-        epochs: how many epochs to run from here. With none of `epochs`, `steps`, `until`: one.
-        steps: how many steps to run from here.
+        data: an `ft.data.source`, a list of batches, a DataLoader or other iterable, a function `epoch -> iterable`, or, with
+            `batch_size=`, a tuple or dict of arrays of equal length; several batches a step with `ft.data.window`. Batches are any
+            tree of tensors and arrays, and are moved to the state's device.
+        epochs: how many epochs to run. With none of `epochs`, `steps`, `until`: one. All limits count from here; with `resume=`,
+            from where the run began.
+        steps: how many steps to run.
         until: stop when this fires, e.g. `ft.until(seconds=3600)`.
         batch_size: for arrays: samples in a batch.
         shuffle: for arrays: a new order in each epoch, a function of the state's seed and the epoch.
@@ -100,9 +102,9 @@ def fit(
         backend: a backend of `torch.compile`.
         donate: let the first step take the memory of `state`, which is then gone.
         checkpoint: where and when to save, e.g. `ft.Checkpoints("run/ckpt", every=ft.every(epochs=1))`. The last state is saved too.
-        resume: `"auto"`: go on with the newest checkpoint, or begin where there is none; `"latest"` and a step (an integer): as this,
-            but it has to be there; None: begin, in a place without checkpoints. Limits (`epochs=` ...) count from where the run
-            began, so the same call made again completes the run; one that was complete is given back as it was.
+        resume: `"auto"`: go on with the newest checkpoint, or begin where there is none; `"latest"`: there has to be one; `"best"` or
+            a step (an integer): that one, which has to be the newest; None: begin, in a place without checkpoints. The same call
+            made again completes the run; one that was complete is given back as it was.
         snapshot: how often to keep a copy of the state in memory, for exceptions (see below); costs the size of the state. A step
             that fails has consumed its state where it is compiled.
         signals: end the run at the next step upon Ctrl-C, SIGTERM or SIGUSR1, saving if there is `checkpoint=`; a second Ctrl-C

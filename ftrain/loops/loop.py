@@ -161,7 +161,8 @@ def loop(
     Args:
         state: where to begin. With a donated step it is gone after the first tick.
         step: `(state, batch) -> (state, metrics)`, compiled or not; taken as it is.
-        data: an iterable of batches, a DataLoader, a function `epoch -> iterable`, or arrays with `batch_size=`.
+        data: an `ft.data.source` or any iterable of batches, a DataLoader, a function `epoch -> iterable`, or arrays with
+            `batch_size=`.
         epochs: how many epochs to run from here. Default, with neither `steps` nor `until`: one, or all there is.
         steps: how many steps to run from here.
         until: stop when this fires, e.g. `ft.until(seconds=60)`.
@@ -200,7 +201,17 @@ def loop(
     limits = Limits(1, None, None) if endless else Limits.of(epochs, steps, until, source, "ft.loop")
     position = Position(begin.epoch) if start is None else check_position(start, begin, "ft.loop")
     state = ready(state, step, data, source)
-    return _run(state, step, _Run.of(source, begin, position.clock), limits, position, epoch_ends=epoch_ends)
+    return _closed(
+        _run(state, step, _Run.of(source, begin, position.clock), limits, position, epoch_ends=epoch_ends), source
+    )
+
+
+def _closed(ticks: Ticks, source: Epochs) -> Ticks:
+    """The ticks; and, however they end, the end of the data's workers."""
+    try:
+        return (yield from ticks)
+    finally:
+        source.close()
 
 
 def _run(
@@ -211,7 +222,8 @@ def _run(
     count, _, samples, _ = state.counters()
     waited, fresh = 0.0, True
     now, place = position.clock, position.data
-    reached = None if now == Clock() else _over(limits, source, Clock(), now)  # a run that was complete already
+    # A run that was complete already takes no step.
+    reached = _over(limits, source, Clock(), now) if now.steps or now.epochs else None
     if reached is not None:
         return reached
     like: Any = tree.map(_shell, state)

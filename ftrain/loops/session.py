@@ -5,6 +5,7 @@ Law: a session that took over another's snapshot does what that one would have d
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ __all__ = ["Session"]
 
 _LIMITS = ("epochs", "steps", "until")
 Sink = Callable[[Record], None]
+Attended = tuple[TrainState, str | None]  # the state to go on with, and a reason to stop
 
 
 class Session:
@@ -69,6 +71,7 @@ class Session:
         # What is happening at this tick, and what was there before it: where it does not come to its end, it is done again.
         self.attending: str | None = None
         self.before: tuple[dict[str, Any], Clock] = ({}, Clock())
+        self.hooked: Attended | None = None  # what the first hooks of this tick gave
         self.kept: Snapshot | None = None  # the copy that an exception carries
         self.saved: int | None = None  # the newest step with a checkpoint
 
@@ -111,6 +114,8 @@ class Session:
         self, state: TrainState, step: Callable[..., Any], source: Epochs, limits: Limits, position: Position
     ) -> str:
         """Step after step, until a limit, a hook or a signal ends it; `self.tick` is the last one."""
+        # The loop's clock is this one: what was done before the first step counts for `until(seconds=...)`, too.
+        position = dataclasses.replace(position, clock=position.clock._replace(seconds=self.seconds()))
         ticks = loop(
             state,
             step,
@@ -157,15 +162,24 @@ class Session:
         finally:
             ticks.close()
 
-    def attend(self, tick: Tick, kind: str) -> tuple[TrainState, str | None]:
-        """What is due at this point: hooks, evaluation, hooks, record, checkpoint, sinks. Gives the state and a reason to stop."""
+    def attend(self, tick: Tick, kind: str, hooked: tuple[TrainState, str | None] | None = None) -> Attended:
+        """What is due at this point: hooks, evaluation, hooks, record, checkpoint, sinks. Gives the state and a reason to stop.
+
+        Args:
+            tick: the newest one.
+            kind: `"start"`, `"step"` or `"epoch"`.
+            hooked: what the first hooks gave, where another session had come so far.
+        """
         now, before = self.clock(tick), self.asked
-        self.attending, self.before = kind, (self.extra, self.hooks.before)
-        state, stop = tick.state, None
-        if self.hooks and self.hooks.listens(kind, now):
-            state, stop = self.happens(state, self.event(kind, tick, now, metrics=tick.metrics))
-        if kind != "epoch":
-            self.hooks.passed(now)
+        self.attending, self.hooked, self.before = kind, hooked, (self.extra, self.hooks.before)
+        if hooked is None:
+            hooked = tick.state, None
+            if self.hooks and self.hooks.listens(kind, now):
+                hooked = self.happens(tick.state, self.event(kind, tick, now, metrics=tick.metrics))
+            if kind != "epoch":
+                self.hooks.passed(now)
+            self.hooked, self.before = hooked, (self.extra, self.hooks.before)
+        state, stop = hooked
         due = [(name, *rest) for name, (*rest, cadence) in self.evaluators.items() if cadence.fires(before, now)]
         if due and self.progress is not None and before is not None:
             self.progress.refresh(tick.step, self.epochs(tick), tick.samples, now.seconds)
@@ -176,8 +190,8 @@ class Session:
                 if self.saver is not None:
                     self.saver.check_metrics(name, metrics)
                 results.append(Record(tick.step, self.epochs(tick), tick.samples, self.seconds(), name, metrics))
-        except Stopped:  # by a signal: all of this tick is done again when the run goes on
-            return tick.state, self.signals.reason
+        except Stopped:  # by a signal: whoever goes on begins with the evaluation
+            return state, self.signals.reason
         if results and self.hooks.listens("evaluation", now):
             named = {name: value for record in results for name, value in record.named().items()}
             state, why = self.happens(state, self.event("evaluation", tick, now, metrics=named))
@@ -256,16 +270,19 @@ class Session:
 
     def position(self, tick: Tick) -> Position:
         """Where the run goes on after this tick."""
-        return tick.position() if tick.ran() else self.start
+        position = tick.position() if tick.ran() else self.start
+        return dataclasses.replace(position, clock=self.clock(tick))
 
     def snapshot(self, ended: str | None = None) -> Snapshot:
         """The run as it is now. What is happening at this tick, if anything is, will be done again by whoever goes on."""
         tick = self.tick
         assert tick is not None, "a run has a tick from its start on"
         extra, hooks = (self.extra, self.hooks.before) if self.attending is None else self.before
-        pending = None
+        state, pending = tick.state, None
         if self.attending is not None:
-            pending = {"kind": self.attending, "metrics": pack_metrics(tick.metrics)}
+            pending = {"kind": self.attending, "metrics": pack_metrics(tick.metrics), "hooked": self.hooked is not None}
+            if self.hooked is not None:
+                state, pending["stop"] = self.hooked
         asked = self.asked
         notes = {
             "meter": self.meter.plain(),
@@ -279,7 +296,7 @@ class Session:
             "begin": list(self.begin),
             "shapes": self.step.shapes() if isinstance(self.step, CompiledStep) else [],
         }
-        return Snapshot(tick.state, self.position(tick), notes, self.records, ended)
+        return Snapshot(state, self.position(tick), notes, self.records, ended)
 
     def take_over(self, found: Snapshot) -> tuple[TrainState, str | None]:
         """Go on where another session was; gives the state and, where that one was at its end, the reason."""
@@ -306,7 +323,7 @@ class Session:
                 self.due = min(cadence.next_step(self.asked) for cadence in self.cadences())
             return found.state, found.ended
         tick.metrics = unpack_metrics(pending["metrics"], device)
-        return self.attend(tick, pending["kind"])
+        return self.attend(tick, pending["kind"], (found.state, pending["stop"]) if pending["hooked"] else None)
 
     def save(self, shot: Snapshot) -> None:
         """Hand a snapshot to the checkpointer, unless this step has one already."""
@@ -404,6 +421,8 @@ class Session:
                 self.saver.close(failed)
             except Exception as error:
                 failures.append(error)
+        for _, source, _ in self.evaluators.values():
+            source.close()
         for one in (self.progress, *self.sinks):
             close = getattr(one, "close", None)
             if close is not None:
