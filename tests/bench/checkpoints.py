@@ -1,48 +1,63 @@
-"""Checkpoints beside torch.save, torch.distributed.checkpoint and safetensors, side by side in each round; medians.
+"""Checkpoints beside torch.save, torch.distributed.checkpoint and safetensors, side by side in each round.
 
     python tests/bench/checkpoints.py [--quick] [--rounds N] [--folder PATH]
 
 `blocking` is how long the caller waits, `save` how long until the checkpoint is complete. torch.save does not sync to the disk; the others do.
-Each round saves into fresh files and reads them from the page cache; the first round of all is dropped. Ratios are those of the medians
-(the round order is turned each time, so that what the disk still has to do falls on each in turn).
+Each round saves into fresh files and reads them from the page cache into fresh memory; the first round of all is dropped. The order is
+turned in each round, so that what the disk still has to do falls on each in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import os
 import shutil
-import statistics
 import tempfile
 import time
 import warnings
-from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import report
 import torch
+from rounds import Spread, ratio
 from torch import Tensor
 
 from ftrain.checkpoint.store import Store
 
-CASES = {"1.05 GB in 100 tensors": (100, 2621440), "51 MB in 2000 tensors": (2000, 6400)}
-QUICK = {"105 MB in 10 tensors": (10, 2621440), "51 MB in 2000 tensors": (2000, 6400)}
-# (what, of which way, at most this many times, that of which other)
-LIMITS = {
-    "in 100": (
-        ("blocking", 0.3, "torch.save", "save"),
-        ("save", 1.3, "torch DCP", "save"),
-        ("load", 1.0, "torch.save", "load"),
-    ),
-    "in 10 ": (
-        ("blocking", 0.3, "torch.save", "save"),
-        ("save", 1.3, "torch DCP", "save"),
-        ("load", 1.0, "torch.save", "load"),
-    ),
-    "in 2000": (("save", 3.0, "torch.save", "save"),),
-}
+
+class Case(NamedTuple):
+    """So many tensors of so many numbers, and its bars: what, at most this many times, of whom, what of theirs."""
+
+    name: str
+    count: int
+    numel: int
+    bars: tuple[tuple[str, float, str, str], ...]
+
+
+FEW = (
+    ("blocking", 0.3, "torch.save", "save"),
+    ("save", 1.3, "torch DCP", "save"),
+    ("load", 1.0, "torch.save", "load"),
+)
+LARGE = Case("1.05 GB in 100 tensors", 100, 2621440, FEW)
+LESS = Case("105 MB in 10 tensors", 10, 2621440, FEW)
+MANY = Case("51 MB in 2000 tensors", 2000, 6400, (("save", 3.0, "torch.save", "save"),))
 WAYS = ("ftrain", "torch.save", "torch DCP", "safetensors")
+WHATS = ("blocking", "save", "load")
+SAID = {"blocking": "thread blocked by a save", "save": "whole save", "load": "restore"}
+THEIRS = {
+    ("torch.save", "save"): "torch.save",
+    ("torch.save", "load"): "torch.load",
+    ("torch DCP", "save"): "torch DCP's save",
+}
+# Seconds of wall and of processor time (all threads) of the rounds, by way and by what.
+Times = dict[str, dict[str, dict[str, list[float]]]]
 
 
 def make(count: int, numel: int) -> dict[str, Tensor]:
@@ -58,13 +73,27 @@ def sync(path: Path) -> None:
     os.close(handle)
 
 
-def one(way: str, tree: dict[str, Tensor], folder: Path, store: Store, step: int) -> dict[str, float]:
-    """One save and one load: seconds of each."""
+def fresh() -> None:
+    """Give freed memory back to the system. A checkpoint is restored once, into memory that the process has not used before: else some
+    would be timed with the memory that another way of the same round had left, whose pages need no fault, and others without."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc
+        trim(0)
+
+
+def clock() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def one(way: str, tree: dict[str, Tensor], folder: Path, store: Store, step: int) -> dict[str, tuple[float, float]]:
+    """One save and one load: seconds of wall and of processor time of each."""
     import safetensors.torch
     import torch.distributed.checkpoint as dcp
 
-    path, clock = folder / f"{way}-{step}", time.perf_counter
+    path = folder / f"{way}-{step}"
     like = {name: torch.empty_like(leaf, device="meta") for name, leaf in tree.items()}
+    fresh()
     start = clock()
     if way == "ftrain":
         store.save(step, tree, {})
@@ -78,6 +107,8 @@ def one(way: str, tree: dict[str, Tensor], folder: Path, store: Store, step: int
         safetensors.torch.save_file(tree, path)
         sync(path)
     saved = clock()
+    fresh()
+    opened = clock()
     if way == "ftrain":
         loaded, _ = store.load(step, like)
     elif way == "torch.save":
@@ -97,42 +128,60 @@ def one(way: str, tree: dict[str, Tensor], folder: Path, store: Store, step: int
     else:
         path.unlink()
     os.sync()
-    return {"blocking": (blocked if way == "ftrain" else saved) - start, "save": saved - start, "load": done - saved}
+    ends = {"blocking": (start, blocked if way == "ftrain" else saved), "save": (start, saved), "load": (opened, done)}
+    return {what: (b[0] - a[0], b[1] - a[1]) for what, (a, b) in ends.items()}
 
 
-def rows(quick: bool = False, rounds: int = 5, folder: str | None = None) -> list[dict[str, object]]:
-    """One row for each case and way, with the medians in seconds, and one for each limit, with the ratio."""
+def measure(case: Case, rounds: int, folder: str | None, tell: Callable[[str], object]) -> tuple[Times, Times, float]:
+    """Wall and processor times, and how long the first save of all blocked."""
     warnings.filterwarnings("ignore", module="torch.distributed")
-    found: list[dict[str, object]] = []
-    for case, (count, numel) in (QUICK if quick else CASES).items():
-        tree = make(count, numel)
-        times: dict[str, list[dict[str, float]]] = defaultdict(list)
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            store = Store(Path(place) / "store", write=True)
-            for turn in range(rounds + 1):
-                first = turn % len(WAYS)
-                for way in WAYS[first:] + WAYS[:first]:
-                    times[way].append(one(way, tree, Path(place), store, turn))
-            store.close()
-        medians = {
-            way: {what: statistics.median(run[what] for run in times[way][1:]) for what in times[way][0]}
+    tree = make(case.count, case.numel)
+    wall, cpu = ({way: {what: [] for what in WHATS} for way in WAYS} for _ in range(2))
+    first_save = 0.0
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        store = Store(Path(place) / "store", write=True)
+        for turn in range(rounds + 1):
+            tell(f"{case.name}, round {turn} of {rounds}")
+            first = turn % len(WAYS)
+            for way in WAYS[first:] + WAYS[:first]:
+                found = one(way, tree, Path(place), store, turn)
+                if not turn:  # buffers are made, modules imported
+                    first_save = found["blocking"][0] if way == "ftrain" else first_save
+                    continue
+                for what, (seconds, busy) in found.items():
+                    wall[way][what].append(seconds)
+                    cpu[way][what].append(busy)
+        store.close()
+    return wall, cpu, first_save
+
+
+def run(
+    rounds: int, quick: bool, folder: str | None, tell: Callable[[str], object]
+) -> tuple[list[report.Table], list[report.Bar], dict[str, Any]]:
+    """Tables, bars and samples."""
+    tables, bars, samples = [], [], {}
+    for case in (LESS if quick else LARGE, MANY):
+        wall, cpu, first_save = measure(case, rounds, folder, tell)
+        samples[case.name] = {"wall": wall, "cpu": cpu, "first_blocking": first_save}
+        rows = [
+            [
+                way,
+                *(f"{Spread.of(wall[way][what]).median * 1e3:.0f}" for what in WHATS),
+                *(f"{Spread.of(cpu[way][what]).median * 1e3:.0f}" for what in WHATS),
+            ]
             for way in WAYS
-        }
-        first_blocking = times["ftrain"][0]["blocking"]
-        found += [{"case": case, "way": way, **medians[way]} for way in WAYS]
-        limits = next(limits for end, limits in LIMITS.items() if end in case + " ")
-        for what, most, other, their in limits:
-            ratio = medians["ftrain"][what] / medians[other][their]
-            found.append({"case": case, "what": f"{what} / {their} of {other}", "ratio": ratio, "limit": most})
-        found.append(
-            {
-                "case": case,
-                "what": "blocking of the first save / later ones",
-                "ratio": first_blocking / medians["ftrain"]["blocking"],
-                "limit": None,
-            }
+        ]
+        note = (
+            "Milliseconds, medians: how long the caller waits, until all is written, and to read it from the page cache into fresh "
+            "memory (safetensors maps its file, and reads when it is used). All but torch.save sync to the disk. ftrain's first save of a "
+            f"process, which makes its buffers, blocked for {first_save * 1e3:.0f} ms."
         )
-    return found
+        columns = ["", "blocked", "save", "load", "blocked, CPU", "save, CPU", "load, CPU"]
+        tables.append(report.Table(f"Checkpoints, {case.name}", note, columns, rows))
+        for what, bound, other, their in case.bars:
+            ratios = [ratio(times["ftrain"][what], times[other][their]) for times in (wall, cpu)]
+            bars.append(report.Bar(f"{case.name}: {SAID[what]} / {THEIRS[other, their]}", bound, *ratios))
+    return tables, bars, samples
 
 
 def main() -> None:
@@ -141,15 +190,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", default=None)
     given = parser.parse_args()
-    found = rows(given.quick, given.rounds, given.folder)
-    print("| case | way | blocking s | save s | load s |\n|---|---|---|---|---|")
-    for row in found:
-        if "way" in row:
-            print(f"| {row['case']} | {row['way']} | {row['blocking']:.3f} | {row['save']:.3f} | {row['load']:.3f} |")
-    print("\n| case | ratio | measured | at most |\n|---|---|---|---|")
-    for row in found:
-        if "what" in row:
-            print(f"| {row['case']} | {row['what']} | {row['ratio']:.2f} | {row['limit'] or ''} |")
+    tables, bars, _ = run(given.rounds, given.quick, given.folder, lambda text: None)
+    print("\n\n".join(table.plain() for table in [*tables, report.bars(bars)]))
 
 
 if __name__ == "__main__":

@@ -92,13 +92,12 @@ def main() -> int:
         timed, judged, data["time"] = timing(device, args.rounds, report)
         tables += timed
         bars += judged
-    if bars:
-        tables.append(report.bars(bars))
     about["took"] = f"{time.perf_counter() - began:.0f} s"
-    print(report.text(about, tables))
+    print(report.text(about, [*tables, *([report.bars(bars)] if bars else [])]))
     if args.write:
         path = Path(args.write) / ("gpu-on-cpu" if args.cpu else "gpu")
-        for written in report.write(path, "Checks, speed and memory on a GPU", about, tables, bars=bars, data=data):
+        part = report.Part(about, tables, bars, data)
+        for written in report.write(path, "Checks, speed and memory on a GPU", {"gpu": part}, ["gpu"]):
             print(f"wrote {written}")
     return int(any(row[1] != "PASS" for row in rows))
 

@@ -116,8 +116,8 @@ def times(heading: str, note: str, found: dict[str, Samples], yardstick: str, un
 
 def bars(found: Sequence[Bar]) -> Table:
     note = (
-        "Medians over the rounds of the ratio within a round, with its quartiles. `by CPU` is the same ratio of processor times, which says "
-        "more where the table above shows that others had the core; where the two disagree about a bar it says UNSURE."
+        "Medians over the rounds of the ratio (or difference) within a round, with its quartiles. `by CPU` is the same of processor times, "
+        "which says more where the table above shows that others had the core; where the two disagree about a bar it says UNSURE."
     )
     return Table("Bars", note, ["", "bound", "median", "quartiles", "by CPU", ""], [bar.row() for bar in found])
 
@@ -170,20 +170,77 @@ def text(about: dict[str, Any], tables: Sequence[Table]) -> str:
     return "\n\n".join([head, *(table.plain() for table in tables)])
 
 
-def write(
-    path: Path, title: str, about: dict[str, Any], tables: Sequence[Table], *, bars: Sequence[Bar], data: dict[str, Any]
-) -> list[Path]:
-    """Write `path.md` and `path.json`; the JSON has every sample."""
+class Part(NamedTuple):
+    """What one part of a benchmark found, and where and when."""
+
+    about: dict[str, Any]
+    tables: list[Table]
+    bars: list[Bar]
+    data: dict[str, Any]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The parts in `path.json`, none where there is no such file.
+
+    Raises:
+        ValueError: it is a file of another form.
+    """
+    numbers = path.with_suffix(".json")
+    if not numbers.exists():
+        return {}
+    found = json.loads(numbers.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or not isinstance(found.get("parts"), dict):
+        raise ValueError(f"{numbers} is of an older form, or another program's: write to another folder, or delete it")
+    parts: dict[str, Any] = found["parts"]
+    return parts
+
+
+def write(path: Path, title: str, parts: dict[str, Part], order: Sequence[str]) -> list[Path]:
+    """Write `path.md` and `path.json`; the JSON has every sample. Parts that were written before and are not among `parts` stay."""
+    new = {name: _json(part) for name, part in parts.items()}
+    every = {**read(path), **new}
+    every = {
+        name: every[name] for name in sorted(every, key=lambda name: (name not in order, [*order, name].index(name)))
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = "\n".join(f"- {name}: {f'`{value}`' if name == 'command' else value}" for name, value in about.items())
     markdown, numbers = path.with_suffix(".md"), path.with_suffix(".json")
-    markdown.write_text(
-        "\n\n".join([f"# {title}", head, *(table.markdown() for table in tables)]) + "\n", encoding="utf-8"
-    )
-    verdicts = [{**bar._asdict(), "verdict": bar.verdict} for bar in bars]
-    everything = {"about": about, "bars": verdicts, **data}
-    numbers.write_text(json.dumps(_rounded(everything), indent=1) + "\n", encoding="utf-8")
+    markdown.write_text(_markdown(title, every), encoding="utf-8")
+    numbers.write_text(json.dumps({"title": title, "parts": every}, indent=1) + "\n", encoding="utf-8")
     return [markdown, numbers]
+
+
+def _json(part: Part) -> dict[str, Any]:
+    verdicts = [{**bar._asdict(), "verdict": bar.verdict} for bar in part.bars]
+    tables = [table._asdict() for table in part.tables]
+    found: dict[str, Any] = _rounded({"about": part.about, "bars": verdicts, "tables": tables, "data": part.data})
+    return found
+
+
+def _markdown(title: str, parts: dict[str, Any]) -> str:
+    """The page of the parts as they are in the JSON. Those of one run share its head."""
+    runs: list[tuple[dict[str, Any], list[str]]] = []
+    for name, part in parts.items():
+        same = [names for about, names in runs if about == part["about"]]
+        if same:
+            same[0].append(name)
+        else:
+            runs.append((part["about"], [name]))
+    blocks = [f"# {title}"]
+    for about, names in runs:
+        headings = [table["heading"] for name in names for table in parts[name]["tables"]]
+        blocks += [f"**{'; '.join(headings)}**"] if len(runs) > 1 else []
+        blocks.append(
+            "\n".join(f"- {name}: {f'`{value}`' if name == 'command' else value}" for name, value in about.items())
+        )
+    blocks += [Table(**table).markdown() for part in parts.values() for table in part["tables"]]
+    judged = [_bar(bar) for part in parts.values() for bar in part["bars"]]
+    blocks += [bars(judged).markdown()] if judged else []
+    return "\n\n".join(blocks) + "\n"
+
+
+def _bar(found: dict[str, Any]) -> Bar:
+    measured, cpu = (None if found[one] is None else Spread(**found[one]) for one in ("measured", "cpu"))
+    return Bar(found["text"], found["bound"], measured, cpu, found["at_least"])
 
 
 def samples(found: dict[str, Samples]) -> dict[str, Any]:

@@ -6,7 +6,11 @@ It prints tables and bars and always ends with status 0; what the figures mean f
 - large: what donation does to the memory of an MLP of 24 M parameters;
 - recipe: the same MLP with clipping, averages and mixed precision (optimization.py);
 - parts: one update from eight micro-batches;
-- gpt: what it costs to compile the step of a GPT of 12 layers, cold and warm (first_call.py).
+- gpt: what it costs to compile the step of a GPT of 12 layers, cold and warm (first_call.py);
+- data: the device feed, seeking, and what the loop and `fit` take beside the step (data.py);
+- checkpoints: saving and restoring beside torch.save, torch.distributed.checkpoint and safetensors (checkpoints.py).
+
+`--write` with some of the parts renews those in the files, and leaves the others as they are.
 
 The contenders of a part run in one process, round by round (see rounds.py). Peak memory and compile times come from processes of
 their own (memory.py, first_call.py).
@@ -29,13 +33,14 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "benchmarks"
-PARTS = ("small", "large", "recipe", "parts", "gpt")
+PARTS = ("small", "large", "recipe", "parts", "gpt", "data", "checkpoints")
 
 
 def main() -> None:
     args = _arguments()
     began = time.perf_counter()
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+    os.environ["JAX_PLATFORMS"] = "cpu"  # JAX comes with Orbax
     os.environ["TERM"], os.environ["COLUMNS"] = (
         "xterm-256color",
         "120",
@@ -57,17 +62,26 @@ class Bench:
 
         self.quick = args.quick
         self.rounds = args.rounds or (5 if args.quick else 50)
-        self.root: str | None = root
+        self.folder = root
+        self.root: str | None = root  # Lightning's
         if args.no_lightning or importlib.util.find_spec("lightning") is None:
             why = "--no-lightning" if args.no_lightning else "it is not installed; `pip install lightning==2.6.6`"
             print(f"Lightning is left out: {why}\n")
             self.root = None
-        self.about = report.machine(["ftrain", "torch", "lightning", "numpy", "optree"], threads="1")
+        self.about = report.machine(
+            ["ftrain", "torch", "lightning", "numpy", "optree", "orbax-checkpoint", "safetensors"], threads="1"
+        )
         self.tell = _teller()
         self.report: Any = report
         self.tables: list[Any] = []
         self.bars: list[Any] = []
-        self.data: dict[str, Any] = {"memory": {}}
+        self.samples: dict[str, Any] = {}
+
+    def part(self, name: str) -> Any:
+        """Run one part."""
+        self.tables, self.bars, self.samples = [], [], {}
+        getattr(self, name)()
+        return self.report.Part(self.about, self.tables, self.bars, self.samples)
 
     def small(self) -> None:
         """What a trainer adds to a step that is nearly all overhead."""
@@ -76,7 +90,7 @@ class Bench:
 
         contenders = cases.small_contenders(cases.small(), self.root, scale=2 if self.quick else 1)
         found = rounds.measure(contenders, self.rounds, tell=self.tell, ready=lambda: cases.agree(contenders))
-        self.data["small"] = self.report.samples(found)
+        self.samples["small"] = self.report.samples(found)
         note = (
             "32-32-32-10, ReLU, batch 16, AdamW, float32, one thread, ready batches from a list. `x yardstick`: times the first row, in the "
             "same round. `on CPU`: processor time over wall time; below 100% somebody else had the core. `set-up`: a run of one step; "
@@ -103,7 +117,7 @@ class Bench:
             found = rounds.measure(
                 heavy, max(self.rounds // 4, 3), tell=self.tell, ready=lambda: cases.agree(heavy), warm=1
             )
-            self.data["large"] = self.report.samples(found)
+            self.samples["large"] = self.report.samples(found)
             note = f"{problem.parameters() / 1e6:.1f} M parameters, batch {problem.batch}, AdamW, float32, one thread."
             self.tables.append(self.report.times("24 M MLP, time", note, found, "hand_eager", unit="ms"))
         kinds = ("hand", "donated") if self.quick else memory.KINDS
@@ -126,7 +140,7 @@ class Bench:
             apart = optimization.agree(heavy, problem, "bf16-mixed")
 
         found = rounds.measure(heavy, self._few(), tell=self.tell, ready=ready, warm=1)
-        self.data["recipe"] = self.report.samples(found)
+        self.samples["recipe"] = self.report.samples(found)
         note = (
             f"{problem.parameters() / 1e6:.1f} M parameters, batch {problem.batch}, AdamW, clip_by_global_norm(1.0), an exponential moving "
             "average (0.999) and bf16-mixed, one thread. By hand: torch.autocast, clip_grad_norm_, AdamW(fused=True), AveragedModel "
@@ -151,7 +165,7 @@ class Bench:
             heavy = optimization.parts_contenders(problem, steps)
             ready = functools.partial(optimization.agree, heavy, problem)
             found = rounds.measure(heavy, max(number, 3), tell=self.tell, ready=ready, warm=1)
-            self.data[f"parts, {name}"] = self.report.samples(found)
+            self.samples[f"parts, {name}"] = self.report.samples(found)
             note = (
                 f"{problem.parameters() / 1e6:.3g} M parameters, eight micro-batches of {problem.batch // optimization.PARTS}, AdamW, "
                 "float32, one thread. By hand: eight times forward and backward, which add up in .grad, then one fused step."
@@ -170,8 +184,25 @@ class Bench:
         if self.quick:
             return
         found = first_call.measure(self.tell)
-        self.data["gpt"] = found
+        self.samples["gpt"] = found
         self.tables.append(first_call.table(self.report, found))
+
+    def data(self) -> None:
+        """What data costs on the host."""
+        import data
+
+        tables, bars, self.samples = data.run(self.rounds, self.quick, self.folder, self.tell)
+        self.tables += tables
+        self.bars += bars
+
+    def checkpoints(self) -> None:
+        """Saving and restoring."""
+        import checkpoints
+
+        rounds = 3 if self.quick else max(self.rounds // 10, 3)
+        tables, bars, self.samples = checkpoints.run(rounds, self.quick, self.folder, self.tell)
+        self.tables += tables
+        self.bars += bars
 
     def _few(self) -> int:
         return max(self.rounds // 3, 3)
@@ -191,7 +222,7 @@ class Bench:
         import children
         import memory
 
-        peaks = self.data["memory"]
+        peaks = self.samples.setdefault("memory", {})
         # Quick: all at once. Their times are not measured.
         early = [memory.start(kind) for kind in kinds] if self.quick else []
         for i, kind in enumerate(kinds):
@@ -218,25 +249,31 @@ class Bench:
     def _memory_bar(self, text: str, bound: float, over: str, under: str) -> None:
         import rounds
 
-        value = self.data["memory"][over]["peak_mb"] / self.data["memory"][under]["peak_mb"]
+        value = self.samples["memory"][over]["peak_mb"] / self.samples["memory"][under]["peak_mb"]
         self.bars.append(self.report.Bar(text, bound, rounds.Spread(value, value, value)))
 
 
 def _run(args: argparse.Namespace, root: str, began: float) -> None:
     bench = Bench(args, root)
-    for part in args.parts.split(","):
-        getattr(bench, part)()
+    about, report = bench.about, bench.report
+    target = None if args.write is None else Path(args.write) / "cpu"
+    if target is not None:
+        try:
+            report.read(target)  # a file of another form is found before the work, not after
+        except ValueError as error:
+            sys.exit(f"run.py: {error}")
+    parts = {}
+    for name in args.parts.split(","):
+        parts[name] = bench.part(name)
         gc.collect()
     bench.tell("")
-    about, report = bench.about, bench.report
     about["load"] += f", {os.getloadavg()[0]:.1f} when it ended"
     about["took"] = f"{time.perf_counter() - began:.0f} s, {bench.rounds} rounds"
-    tables = [*bench.tables, *([report.bars(bench.bars)] if bench.bars else [])]
-    print(report.text(about, tables))
-    if args.write:
-        folder = Path(args.write)
-        title = "Speed and memory on a CPU"
-        for path in report.write(folder / "cpu", title, about, tables, bars=bench.bars, data=bench.data):
+    bars = [bar for part in parts.values() for bar in part.bars]
+    tables = [table for part in parts.values() for table in part.tables]
+    print(report.text(about, [*tables, *([report.bars(bars)] if bars else [])]))
+    if target is not None:
+        for path in report.write(target, "Speed and memory on a CPU", parts, PARTS):
             print(f"\nwrote {path}", end="")
         print()
 
@@ -254,7 +291,7 @@ def _arguments() -> argparse.Namespace:
         nargs="?",
         const=str(FOLDER),
         metavar="FOLDER",
-        help="write cpu.md and cpu.json (default: docs/benchmarks)",
+        help="write these parts into cpu.md and cpu.json (default: docs/benchmarks)",
     )
     args = parser.parse_args()
     unknown = set(args.parts.split(",")) - set(PARTS)
