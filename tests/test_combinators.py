@@ -8,7 +8,9 @@ import multiprocessing
 import pickle
 import random
 import re
+from collections.abc import Iterator
 from fractions import Fraction
+from multiprocessing import resource_tracker
 from typing import Any
 
 import hypothesis.strategies as st
@@ -253,6 +255,14 @@ def test_workers_give_the_same(plan: Plan, epoch: int, start: int) -> None:
     assert_same(read(source.load(workers=2), epoch, start), read(source, epoch)[start:])
 
 
+@pytest.fixture
+def no_tracker() -> Iterator[None]:
+    """multiprocessing's tracker of resources comes with the first spawned process and stays, a child that other tests would count."""
+    yield
+    resource_tracker._resource_tracker._stop()
+
+
+@pytest.mark.usefixtures("no_tracker")
 def test_spawned_workers_give_the_same() -> None:
     source = noisy(7).map(dropout).shuffle().filter(lively).map(jitter).batch(2)
     assert_same(read(source.load(workers=1, context="spawn"), 1, 1), read(source, 1)[1:])

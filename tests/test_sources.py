@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import time
@@ -181,7 +182,9 @@ def test_tokens_of_a_file(tmp_path: Path) -> None:
         starts = [int(i) for i in ft.data.order.permutation(len(data), 0, 1)[8:12]]
         assert batch.tolist() == [flat[32 * i : 32 * i + 33].tolist() for i in starts]
     file = ft.data.tokens(tmp_path / "tokens.bin", 10).batch(3)
-    assert all(same(a, b) for a, b in zip(file.load(workers=1, context="spawn"), file, strict=True))
+    assert len(pickle.dumps(file)) < 2000  # not the file
+    assert all(same(a, b) for a, b in zip(pickle.loads(pickle.dumps(file)), file, strict=True))
+    assert all(same(a, b) for a, b in zip(file.load(workers=1), file, strict=True))
     with pytest.raises(DataError, match=r"(?s)no such file.*nothing\.bin"):
         ft.data.tokens(tmp_path / "nothing.bin", 4)
     (tmp_path / "odd.bin").write_bytes(bytes(2002))

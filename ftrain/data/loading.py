@@ -28,6 +28,7 @@ from .. import tree
 from ..errors import DataError, FtrainError, explain
 from .node import At, Node
 from .streams import streams
+from .workers import Watched, deaf, end_workers, fallen
 
 __all__ = ["Direct", "Loaded", "Loading", "Pool", "build"]
 
@@ -154,9 +155,7 @@ class _Plan:
 
 
 def _start_worker(worker: int) -> None:
-    # Ctrl-C and SLURM's warning go to every process of the group: the main one decides what they mean.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGUSR1"):
+    if hasattr(signal, "SIGUSR1"):  # SLURM's warning goes to every process: the main one decides what it means
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
@@ -195,37 +194,26 @@ class Pool:
                 generator=torch.Generator().manual_seed(0),
             )
         self.busy = True
-        self._iterator = iter(self._loader)
-        self._leave_signals()
+        with deaf():
+            self._iterator = iter(self._loader)
+        with Watched(self._iterator):
+            pass  # from here on, a worker's death is heard where a batch is waited for
         return self._iterator  # type: ignore[no-any-return]  # of a loader of Any
 
-    def _leave_signals(self) -> None:
-        """Let a dead worker be found where its batch is waited for.
-
-        torch's handler of SIGCHLD raises wherever the main thread happens to be: in the middle of a step, of a checkpoint. Without
-        it the loader still looks after its workers whenever it waits (every five seconds). The names are private, so their
-        absence changes nothing but where the error comes from.
-        """
-        if getattr(self._iterator, "_worker_pids_set", False):
-            torch._C._remove_worker_pids(id(self._iterator))
-            self._iterator._worker_pids_set = False
-
-    def fates(self) -> list[str]:
+    def fates(self, error: Exception) -> list[str]:
         """How the workers ended that are no more."""
         found = []
-        for i, worker in enumerate(getattr(self._iterator, "_workers", ())):
-            worker.join(timeout=0.5)  # one that is dying, it may be
+        for i, worker in fallen(self._iterator, error):
             code = worker.exitcode
-            if code is not None:
-                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-                found.append(f"worker {i} (pid {worker.pid}) {how}")
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            found.append(f"worker {i} (pid {worker.pid}) {how}")
         return found
 
     def close(self) -> None:
         """End the workers; a later `open` starts new ones."""
-        iterator, self._iterator, self._loader, self.busy = self._iterator, None, None, False
+        iterator, loader, self._iterator, self._loader, self.busy = self._iterator, self._loader, None, None, False
         if iterator is not None:
-            iterator._shutdown_workers()
+            end_workers(iterator, loader)
 
     def __del__(self) -> None:
         self.close()
@@ -254,7 +242,8 @@ class Loaded(Iterator[Any]):
         if not self.open:
             raise StopIteration
         try:
-            found = next(self.inner)
+            with Watched(self.inner):
+                found = next(self.inner)
         except StopIteration:
             self._end()
             raise
@@ -280,7 +269,7 @@ class Loaded(Iterator[Any]):
             explain(
                 f"a worker died, or did not answer, while {_called(self.pool.node, self.at, self.next)} was waited for.",
                 where=f"it was at one of {self.next} to {ahead:g}, which are made ahead" if ahead > self.next else None,
-                got="\n".join([*self.pool.fates(), str(error).splitlines()[0]]),
+                got="\n".join([*self.pool.fates(error), str(error).splitlines()[0]]),
                 cause="it was killed (out of memory?), crashed in native code, or ran into the timeout",
                 fix="source.load(workers=0)   # makes the batch in this process, where it can be looked at",
             )
