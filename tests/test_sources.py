@@ -742,3 +742,15 @@ def test_a_mask_of_another_kind_is_no_weight() -> None:
     assert padding({"x": x, "mask": torch.ones(3, dtype=torch.bool)}) is None
     assert padding((x, torch.ones(4, dtype=torch.bool))) is None
     assert padding({"x": x, "mask": torch.ones(4, dtype=torch.bool)}) is not None
+
+
+def test_the_weight_of_padding_is_traced(classes: Any) -> None:
+    """One graph for all batches of a padded epoch, with and without padding in them."""
+    model = torch.nn.Linear(3, 4, dtype=torch.float64)
+    step = ft.train_step(model, scalar_loss, ft.optim.sgd(0.5), accumulate=2)
+    state = ft.init(model, ft.optim.sgd(0.5))
+    data = ft.data.source(classes, batch_size=4, shuffle=True, last="pad")
+    compiled = ft.compile(step, rung="step", backend="eager")
+    ends = [fit(state, one, data, epochs=2).state for one in (step, compiled)]
+    assert same(ends[0].params, ends[1].params)
+    ft.testing.check_recompiles(step, state, list(data), backend="eager")
