@@ -157,9 +157,9 @@ class RunCheckpoints:
         self, given: Checkpoints, store: Store, like: TrainState, resume: Any, facts: Mapping[str, Any]
     ) -> None:
         self.every, self.on_exception, self.on_signal = given.every, given.on_exception, given.on_signal
-        self.path = str(given.path)
+        self.path = store.path  # absolute: the process may change its folder
         self.given, self.store, self.like, self.facts = given, store, like, dict(facts)
-        self.journal = Journal(Path(given.path) / "history.jsonl")
+        self.journal = Journal(Path(store.path) / "history.jsonl")
         self.written = 0  # records in the journal
         self.size = 0  # bytes in the journal
         self.names: set[str] = set()  # of the metrics that appeared
@@ -167,14 +167,14 @@ class RunCheckpoints:
         step = self._which(resume)
         self.entries = [_entry(one, store.document(one)) for one in store.saved]
         if step is None:
-            self.journal.cut(0)
+            self.journal.begin()
         else:
             self.found = self._restore(step)
 
     def save(self, snapshot: Snapshot) -> None:
         """Save a snapshot, delete what is not kept any more."""
         self._sweep()
-        self.size = self.journal.append(snapshot.records[self.written :])
+        self.size = self.journal.append(snapshot.records[self.written :], self.size)
         for record in snapshot.records[self.written :]:
             self.names |= record.named().keys()
         self.written = len(snapshot.records)

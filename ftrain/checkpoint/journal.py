@@ -39,7 +39,7 @@ class Journal:
     >>> from ftrain.sinks import Record
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     journal = Journal(folder + "/history.jsonl")
-    ...     size = journal.append([Record(1, 0, 8, 0.5, "train", {"loss": 2.0})])
+    ...     size = journal.append([Record(1, 0, 8, 0.5, "train", {"loss": 2.0})], 0)
     ...     journal.read(size)[0].metrics
     {'loss': 2.0}
     """
@@ -47,14 +47,55 @@ class Journal:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def append(self, records: Sequence[Record]) -> int:
-        """Write records and make sure that they are on the disk; gives the size of the file."""
+    def append(self, records: Sequence[Record], size: int) -> int:
+        """Write records and make sure that they are on the disk; gives the size of the file.
+
+        Args:
+            records: what to write.
+            size: where it goes: after so many bytes. What is behind them is of an attempt that failed, and is cut off.
+
+        Raises:
+            CheckpointError: they could not be written.
+        """
         text = "".join(json.dumps(_row(record)) + "\n" for record in records).encode()
-        with open(self.path, "ab") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            return file.tell()
+        try:
+            with open(self.path, "ab") as file:
+                file.truncate(size)
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CheckpointError(
+                explain(
+                    "the records of the run could not be written.",
+                    where=str(self.path),
+                    expected=f"{len(text):,} bytes of space",
+                    got=f"{type(error).__name__}: {error.strerror or error}",
+                    cause="a full disk, or a folder that was moved or deleted while the run goes on",
+                )
+            ) from error
+        return size + len(text)
+
+    def begin(self) -> None:
+        """Begin anew: empty the file, if it is of records.
+
+        Raises:
+            CheckpointError: it is somebody else's.
+        """
+        if self.path.exists():
+            with open(self.path, "rb") as file:
+                line = file.readline()
+            if not _ours(line):
+                raise CheckpointError(
+                    explain(
+                        "a file that is no run's records has the name that the records would have.",
+                        where=str(self.path),
+                        expected="no such file, or the records of a run",
+                        got=repr(line[:80]),
+                        fix=f'ft.Checkpoints("{self.path.parent / "checkpoints"}")   # a folder of its own',
+                    )
+                )
+        self.cut(0)
 
     def cut(self, size: int) -> None:
         """Take off what was written after the checkpoint that is gone on from."""
@@ -87,6 +128,17 @@ class Journal:
                     fix="state = ft.restore(path, like=state)   # the states themselves can be restored",
                 )
             ) from error
+
+
+def _ours(line: bytes) -> bool:
+    """Whether this is the first line of records; it may be cut off, by a crash."""
+    if not line.endswith(b"\n"):
+        return line[:9] == b'{"step": '[: len(line)]
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and row.keys() == {*_FIELDS, "metrics"}
 
 
 def _row(record: Record) -> dict[str, Any]:

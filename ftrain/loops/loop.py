@@ -222,8 +222,9 @@ def _run(
     count, _, samples, _ = state.counters()
     waited, fresh = 0.0, True
     now, place = position.clock, position.data
-    # A run that was complete already takes no step.
-    reached = _over(limits, source, Clock(), now) if now.steps or now.epochs else None
+    # A run that was complete already takes no step; one left after an epoch's last step completes the epoch first, as ever.
+    begun = (now.steps or now.epochs) and place["batch"] != source.length
+    reached = _over(limits, source, Clock(), now) if begun else None
     if reached is not None:
         return reached
     like: Any = tree.map(_shell, state)

@@ -62,6 +62,8 @@ class Session:
         self.waited = 0.0  # seconds spent waiting for data up to the last record
         self.asked: Clock | None = None  # when the cadences were last asked
         self.due = 0.0  # the first step at which one of them may fire
+        self.final = False  # whether this is the last step of its epoch, where something that is due depends on it
+        self.ended: str | None = None  # why the run is over, where a hook or the data said so
         self.owed = False  # a checkpoint that was due at the last step of an epoch, and is made at the epoch's end
         self.tick: Tick | None = None
         self.start = Position(0)  # where this process began
@@ -93,6 +95,7 @@ class Session:
         else:
             self.start = position = found.position
             state, reason = self.take_over(found)
+        self.ended = reason
         if reason is None:
             reason = self.turn(state, step, source, limits, position)
         tick = self.tick
@@ -101,7 +104,7 @@ class Session:
         signalled = self.signals.reason is not None and reason == self.signals.reason
         if self.saver is not None and (self.saver.on_signal or not signalled):
             # A limit is looked at anew by whoever goes on; what a hook or the data said holds.
-            self.save(self.snapshot(None if signalled or reason in _LIMITS else reason))
+            self.save(self.snapshot(None if signalled else self.ended))
         last = History(self.records).last()
         outcome = self.hooks(state, self.event("end", tick, self.clock(tick), metrics=last, reason=reason))
         self.extra = self.extra | dict(outcome.metrics or {})
@@ -134,10 +137,11 @@ class Session:
                     tick = next(ticks)
                 except StopIteration as ended:
                     reason: str = ended.value
+                    self.ended = None if reason in _LIMITS else reason
                     return reason
                 except Exception:
-                    if signals.reason is None:
-                        raise
+                    if signals.reason is None or not (self.tick is not None and valid(self.tick.state)):
+                        raise  # also where the step had consumed its state: there is nothing to end with
                     break  # a data worker that got the Ctrl-C as well, say
                 self.tick = tick
                 if tick.end:
@@ -152,6 +156,7 @@ class Session:
                     if new is not old:
                         ticks.send(new)  # which puts it into the tick, too
                     if stop is not None:
+                        self.ended = stop
                         return stop
                 if show is not None and time.perf_counter() >= refresh:
                     now = time.perf_counter()
@@ -172,6 +177,8 @@ class Session:
         """
         now, before = self.clock(tick), self.asked
         self.attending, self.hooked, self.before = kind, hooked, (self.extra, self.hooks.before)
+        if tick.ran():  # else the session before has found out
+            self.final = kind == "step" and self.depends(before, now) and tick.last()
         if hooked is None:
             hooked = tick.state, None
             if self.hooks and self.hooks.listens(kind, now):
@@ -211,12 +218,12 @@ class Session:
         """The record of training that is due now. That of an epoch's last step is made at the epoch's end, which comes next."""
         if before is None or not (tick.end or self.log.fires(before, now)):
             return []
-        return [] if kind == "step" and self.last(tick) else self.record(tick)
+        return [] if self.final else self.record(tick)
 
     def preserve(self, tick: Tick, kind: str, before: Clock | None, now: Clock, stop: str | None) -> None:
         """The checkpoint and the copy that are due now."""
         if self.saver is not None and (self.owed or self.saver.every.fires(before, now)):
-            self.owed = kind == "step" and self.last(tick)
+            self.owed = self.final
             if not self.owed:
                 self.save(self.snapshot(stop))
         if self.every is not None and self.every.fires(before, now):
@@ -262,9 +269,9 @@ class Session:
         for sink in self.sinks:
             sink(record)
 
-    def last(self, tick: Tick) -> bool:
-        """Whether this is the last step of its epoch."""
-        return tick.last() if tick.ran() else tick.batch + 1 == self.source.length
+    def depends(self, before: Clock | None, now: Clock) -> bool:
+        """Whether something is due that waits for the epoch's end where this is its last step."""
+        return self.log.fires(before, now) or (self.saver is not None and self.saver.every.fires(before, now))
 
     # -- as a value -----------------------------------------------------------------------------------------------------------
 
@@ -280,7 +287,8 @@ class Session:
         extra, hooks = (self.extra, self.hooks.before) if self.attending is None else self.before
         state, pending = tick.state, None
         if self.attending is not None:
-            pending = {"kind": self.attending, "metrics": pack_metrics(tick.metrics), "hooked": self.hooked is not None}
+            pending = {"kind": self.attending, "metrics": pack_metrics(tick.metrics), "final": self.final}
+            pending["hooked"] = self.hooked is not None
             if self.hooked is not None:
                 state, pending["stop"] = self.hooked
         asked = self.asked
@@ -323,6 +331,8 @@ class Session:
                 self.due = min(cadence.next_step(self.asked) for cadence in self.cadences())
             return found.state, found.ended
         tick.metrics = unpack_metrics(pending["metrics"], device)
+        counted = found.position.data["batch"] == self.source.length
+        self.final = pending["kind"] == "step" and (pending["final"] or counted)
         return self.attend(tick, pending["kind"], (found.state, pending["stop"]) if pending["hooked"] else None)
 
     def save(self, shot: Snapshot) -> None:
@@ -356,22 +366,35 @@ class Session:
         tick = self.tick
         if tick is None:
             return
-        if self.attending is not None or tick.batch < 0:
-            where = (tick.step, tick.epoch, max(tick.batch, 0))
-        else:
-            where = (tick.step, tick.epoch + 1, 0) if tick.end else (tick.step, tick.epoch, tick.batch + 1)
-        failure = self.newest(tick, given, where)
+        self.settle(error)
+        failure = self.newest(tick, given, self.where(tick))
         if self.saver is not None and self.saver.on_exception and isinstance(error, Exception):
             shot = self.rescued(error, failure)
-            if shot is not None and (self.saved is None or shot.state.counters().step > self.saved):
+            if shot is not None and (self.saved is None or shot.state.counters().step >= self.saved):
                 try:
                     self.save(shot)
                     self.saver.wait()
                 except Exception as second:  # the first error is the one to raise
-                    error.add_note(f"ftrain: the checkpoint on exception could not be written: {second}")
+                    annotate(error, f"ftrain: the checkpoint on exception could not be written: {second}")
                 else:
                     failure.path = self.saver.path
-        error.ftrain = failure  # type: ignore[attr-defined]  # found by whoever catches it
+        put(error, "ftrain", failure)  # found by whoever catches it
+
+    def where(self, tick: Tick) -> tuple[int, int, int]:
+        """The newest complete step, and epoch and position of the batch that is being worked on."""
+        if self.attending is not None or tick.batch < 0:
+            return tick.step, tick.epoch, max(tick.batch, 0)
+        return (tick.step, tick.epoch + 1, 0) if tick.end else (tick.step, tick.epoch, tick.batch + 1)
+
+    def settle(self, error: BaseException) -> None:
+        """Let the save in the background come to its end, so that what is said about checkpoints is true."""
+        if self.saver is None or self.saved is None:
+            return
+        try:
+            self.saver.wait()
+        except Exception as second:  # the first error is the one to raise
+            annotate(error, f"ftrain: the checkpoint of step {self.saved} could not be written: {second}")
+            self.saved = self.saver.newest()
 
     def newest(self, tick: Tick, given: TrainState | None, where: tuple[int, int, int]) -> Failure:
         """The newest state there is."""
@@ -411,7 +434,7 @@ class Session:
             batch = "the end of the epoch" if tick.end else f"batch {tick.batch}"
             where = f"after step {tick.step} was complete (epoch {tick.epoch}, {batch})"
         kept = "was given away (donate=True)" if given is None else "is unchanged"
-        error.add_note(f"ftrain: raised in ft.fit, {where}. The state given to ft.fit {kept}.")
+        annotate(error, f"ftrain: raised in ft.fit, {where}. The state given to ft.fit {kept}.")
 
     def close(self, status: str, *, failed: bool) -> None:
         """Close what can be closed, each whatever the others do; the first failure is raised."""
@@ -431,9 +454,23 @@ class Session:
                 except Exception as error:  # raised below, once all are closed
                     failures.append(error)
         if failures and not failed:  # else an error is on its way already
+            tick = self.tick
+            if tick is not None and valid(tick.state):
+                state = tick.state
+                put(failures[0], "ftrain", Failure("step", lambda: state, tick.step, self.where(tick)))
             raise failures[0]
 
 
 def valid(state: TrainState) -> bool:
     """Whether a state's memory is its own still."""
     return "_donated_at" not in state.__dict__ and state._version == state.step._version
+
+
+def put(error: BaseException, name: str, value: Any) -> None:
+    """Set an attribute, also of an exception whose class refuses that (a frozen dataclass)."""
+    BaseException.__setattr__(error, name, value)
+
+
+def annotate(error: BaseException, note: str) -> None:
+    """`add_note` for any exception."""
+    put(error, "__notes__", [*getattr(error, "__notes__", ()), note])
