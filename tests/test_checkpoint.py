@@ -551,7 +551,7 @@ def rewrite(path, change):
 
 def test_a_checkpoint_of_format_0_is_read(tmp_path):
     """Made by hand: its arrays are as ever, its record as format 0 had it."""
-    tree = {"w": torch.arange(70000.0), "b": torch.ones(3), "e": torch.empty(0, 2), "n": 3}
+    tree = {"w": torch.arange(300000.0), "b": torch.ones(3), "e": torch.empty(0, 2), "n": 3}
     ft.save(tmp_path, tree, step=4)
     file = tmp_path / "4" / "document" / "metadata"
     old = {
@@ -562,7 +562,7 @@ def test_a_checkpoint_of_format_0_is_read(tmp_path):
         "index": {
             "b": ["float32", [3], ["~packed", "float32"], 0],
             "e": ["float32", [0, 2]],
-            "w": ["float32", [70000], ["w"]],
+            "w": ["float32", [300000], ["w"]],
         },
         "plain": {},
         "document": {"note": "old"},
@@ -597,18 +597,18 @@ def test_a_newer_format_is_an_error_that_says_what_to_do(tmp_path):
 
 def test_an_index_that_does_not_fit_the_arrays_is_an_error(tmp_path):
     """Orbax checks neither shape nor dtype of what it reads."""
-    ft.save(tmp_path, {"w": torch.ones(70000), "b": torch.ones(4)})
+    ft.save(tmp_path, {"w": torch.ones(300000), "b": torch.ones(4)})
 
     def shape(found):
-        found["index"]["w"]["shape"] = [7000]
+        found["index"]["w"]["shape"] = [5000]
 
     def dtype(found):
         found["index"]["w"]["dtype"] = "int32"
 
-    for change, like in ((shape, torch.ones(7000)), (dtype, torch.ones(70000, dtype=torch.int32))):
+    for change, like in ((shape, torch.ones(5000)), (dtype, torch.ones(300000, dtype=torch.int32))):
         rewrite(tmp_path / "0", change)
         with pytest.raises(
-            CheckpointError, match=r"is damaged[\s\S]*the array w is float32\[70000\], but the index says"
+            CheckpointError, match=r"is damaged[\s\S]*the array w is float32\[300000\], but the index says"
         ):
             ft.restore(tmp_path, like={"w": like, "b": torch.ones(4)})
-        rewrite(tmp_path / "0", lambda found: found["index"]["w"].update(shape=[70000], dtype="float32"))
+        rewrite(tmp_path / "0", lambda found: found["index"]["w"].update(shape=[300000], dtype="float32"))

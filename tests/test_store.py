@@ -27,6 +27,7 @@ from torch import nn
 
 import ftrain as ft
 from ftrain.checkpoint import engine, folder, handler
+from ftrain.checkpoint.checksums import checksum
 from ftrain.checkpoint.packing import SMALL, lay_out
 from ftrain.checkpoint.paths import leaf_paths
 from ftrain.checkpoint.store import Store
@@ -576,7 +577,7 @@ def outcome(path, tree):
 
 
 def test_a_flipped_bit_is_an_error_and_never_another_number(two_steps):
-    """Without a CRC for each chunk 60 of 60 went unnoticed."""
+    """Without a sum for each chunk 60 of 60 went unnoticed."""
     path, tree = two_steps
     files = sorted((path / "2").rglob("*"), key=lambda one: one.stat().st_size)
     files = [one for one in files if one.is_file() and one.stat().st_size]
@@ -593,6 +594,38 @@ def test_a_flipped_bit_is_an_error_and_never_another_number(two_steps):
     assert outcome(path, tree) == "right"
 
 
+@hypothesis.given(st.integers(1, 20000), st.integers(0), st.integers(0, 7))
+def test_a_flipped_bit_changes_the_sum(size, at, bit):
+    block = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+    other = block.copy()
+    other[at % size] ^= 1 << bit
+    assert checksum(block) == checksum(block.copy())
+    assert checksum(block) != checksum(other)
+    assert checksum(block) != checksum(block[:-1])
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (12, 5), (1, 40), (2, 30)])
+def test_parts_of_arrays_are_read_and_checked_by_blocks(tmp_path, monkeypatch, shape):
+    """Small chunks: packs and arrays of several blocks, read as a whole, from the middle, from the end."""
+    monkeypatch.setattr(handler.TensorHandler.__init__, "__defaults__", (64,))
+    tree = {f"{i}": torch.randn(shape) for i in range(9)}
+    with Store(tmp_path, write=True) as store:
+        store.save(1, tree, {}, block=True)
+        for names in (["0"], ["4"], ["8"], ["2", "5"], list(tree)):
+            part = {name: tree[name] for name in names}
+            assert same(store.load(1, meta(part), strict=False)[0], part)
+        sums = store.step_path(1) / "arrays" / "sums.json"
+        found = json.loads(sums.read_text())
+        found["~packed.float32"]["sums"][-1] = "0"
+        sums.write_text(json.dumps(found))
+        with pytest.raises(
+            CheckpointError, match=r"the sum of the array ~packed\.float32 is not that of what was written"
+        ):
+            store.load(1, tree)
+        if shape == (12, 5):  # another block than that of the first leaf
+            assert same(store.load(1, {"0": tree["0"]}, strict=False)[0], {"0": tree["0"]})
+
+
 @pytest.mark.parametrize("how", ["truncated", "empty", "missing"])
 def test_a_file_that_is_cut_off_or_missing_is_an_error(two_steps, how):
     path, tree = two_steps
@@ -607,7 +640,7 @@ def test_a_file_that_is_cut_off_or_missing_is_an_error(two_steps, how):
             errors.add(file.relative_to(path / "2").as_posix())
         file.write_bytes(data)
     data_files = {one for one in errors if "/d/" in one}
-    assert {"document/metadata", "arrays/_METADATA", "arrays/manifest.ocdbt"} <= errors
+    assert {"document/metadata", "arrays/_METADATA", "arrays/manifest.ocdbt", "arrays/sums.json"} <= errors
     assert data_files
 
 
