@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 import ftrain as ft
 
@@ -393,3 +394,52 @@ def test_three_epochs_that_are_gone_on_with_three_times_in_an_epoch_read_each_sa
         assert sorted(epoch.tolist()) == list(range(50))
     assert len(set(epochs[2].tolist())) == len(epochs[2])
     assert epochs[0].tolist() != epochs[1].tolist()
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata 0.11 on torch 2.13
+@pytest.mark.parametrize("kind", ["arrays", "loader", "window-carry", "stateful"])
+def test_a_loop_without_fit_goes_on_from_what_it_saved(kind, tmp_path):
+    """Another process would do the same: nothing of the first loop is used but its folder."""
+
+    def data():
+        if kind == "stateful":
+            rows = [{"x": X[i], "y": Y[i]} for i in range(50)]
+            return {"data": StatefulDataLoader(rows, batch_size=8, shuffle=True)}
+        return DATA[kind]()
+
+    def leaves(tick):
+        return [leaf.clone() for leaf in ft.tree.leaves(tick.state)]
+
+    start = STEP.init(ft.init(MODEL, TX, seed=3))
+    whole = [(tick.step, leaves(tick)) for tick in ft.loop(start, STEP, **data(), epochs=2)]
+    for tick in ft.loop(start, STEP, **data(), epochs=2):
+        if tick.step == 3:
+            ft.save(tmp_path, tick.state, position=tick.position(), config={"lr": 1e-2})
+            break
+    state, position = ft.restore(tmp_path, like=start), ft.checkpoint.position(tmp_path)
+    rest = [(tick.step, leaves(tick)) for tick in ft.loop(state, STEP, **data(), epochs=2, start=position)]
+    assert [step for step, _ in rest] == [step for step, _ in whole[3:]]
+    for (_, one), (_, two) in zip(rest, whole[3:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert ft.checkpoint.info(tmp_path)["config"] == {"lr": 1e-2}
+
+
+def test_what_is_known_of_a_run(tmp_path):
+    begin(checkpoint=checkpoints(tmp_path, config={"lr": 1e-2}))
+    info = ft.checkpoint.info(tmp_path)
+    assert (info["step"], info["epoch"], info["config"], info["format"]) == (7, 1, {"lr": 1e-2}, 1)
+    assert info["data"]["samples"] == 50
+    assert info["metrics"].keys() == {"loss", "lr", "grad_norm"}
+    assert info["versions"]["torch"] == torch.__version__
+    assert ft.checkpoint.position(tmp_path).epoch == 1
+
+
+def test_a_position_that_is_none(tmp_path):
+    state = ft.init(MODEL, TX)
+    with pytest.raises(
+        ft.errors.CheckpointError, match=r"(?s)position= is where a loop is.*position=tick.position\(\)"
+    ):
+        ft.save(tmp_path, state, position=3)
+    ft.save(tmp_path, state)
+    with pytest.raises(ft.errors.RestoreError, match=r"(?s)saved without a position.*position=tick.position\(\)"):
+        ft.checkpoint.position(tmp_path)

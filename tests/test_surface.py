@@ -15,7 +15,7 @@ predict_step restore rng save schedules sinks testing to_module train_step tree 
 with_ema with_float8 with_grad_stats with_loss_scale with_precision with_remat with_sam with_swa
 """
 INSIDE = {
-    "ftrain.checkpoint": "Checkpoints Entry Keep Report best compare from_safetensors from_torch keep restore save "
+    "ftrain.checkpoint": "Checkpoints Entry Keep Report best compare from_safetensors from_torch info keep position restore save "
     "to_safetensors to_torch",
     "ftrain.data": "Epochs Feed Source Window Windows as_epochs chain close_iterator collate curriculum mix source to_device tokens "
     "window zip zip_cycle zip_longest zip_shortest",

@@ -1,3 +1,5 @@
+from .about import info as info
+from .about import position as position
 from .checkpoints import Checkpoints as Checkpoints
 from .entries import Entry as Entry
 from .entries import best as best

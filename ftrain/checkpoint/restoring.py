@@ -16,7 +16,7 @@ from .report import Report
 if TYPE_CHECKING:
     from .store import Store
 
-__all__ = ["compare", "restore"]
+__all__ = ["choose", "compare", "restore"]
 
 
 def restore(
@@ -74,7 +74,7 @@ def restore(
     (True, 1)
     """
     with _opened(path, like, "ft.restore") as store:
-        chosen = _choose(store, step, by, mode)
+        chosen = choose(store, step, by, mode)
         made, found = store.load(chosen, like, select=select, rename=rename, strict=strict, cast=cast)
     if report is not None:
         report(found)
@@ -121,7 +121,7 @@ def compare(
     ['missing in the checkpoint: b', 'w: shape [2] in the checkpoint, [3] in like']
     """
     with _opened(path, like, "ft.checkpoint.compare") as store:
-        return store.compare(_choose(store, step, by, mode), like, select=select, rename=rename, cast=cast)
+        return store.compare(choose(store, step, by, mode), like, select=select, rename=rename, cast=cast)
 
 
 def _opened(path: str | os.PathLike[str], like: Any, what: str) -> Store:
@@ -132,7 +132,8 @@ def _opened(path: str | os.PathLike[str], like: Any, what: str) -> Store:
     return Store(path, write=False)
 
 
-def _choose(store: Store, step: int | str, by: str | None, mode: str) -> int:
+def choose(store: Store, step: int | str, by: str | None, mode: str) -> int:
+    """The step that is meant by a number, `"latest"` or `"best"`."""
     saved = store.saved
     whole = isinstance(step, int) and not isinstance(step, bool)
     if not whole and step not in ("latest", "best"):

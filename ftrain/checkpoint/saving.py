@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CheckpointError, explain
+from ..loops import Position
 from ..state import TrainState, check_state
 
 __all__ = ["save"]
@@ -19,6 +20,7 @@ def save(
     step: int | None = None,
     metrics: Mapping[str, float] | None = None,
     config: Any = None,
+    position: Position | None = None,
 ) -> None:
     """Save a state, or any pytree, as one checkpoint; returns when it is on the disk.
 
@@ -30,7 +32,8 @@ def save(
         tree: any pytree of tensors, numpy arrays and plain values (numbers, texts, None).
         step: under which step; by default that of the state, and 0 for another tree.
         metrics: numbers by name, for `ft.restore(path, step="best", by=name)`.
-        config: a plain tree without tensors that is kept with it.
+        config: a plain tree without tensors that is kept with it; `ft.checkpoint.info` gives it back.
+        position: where a loop is in its data, from `tick.position()`; `ft.checkpoint.position` gives it back.
 
     Raises:
         CheckpointError: the path is a file or cannot be written to; there is a checkpoint of this step; the disk is full; a leaf
@@ -59,7 +62,18 @@ def save(
                     fix=f"metrics={{{name!r}: float(value)}}",
                 )
             )
+    if position is not None and not isinstance(position, Position):
+        raise CheckpointError(
+            explain(
+                "ft.save: position= is where a loop is in its data.",
+                expected="what tick.position() gave",
+                got=type(position).__name__,
+                fix="ft.save(path, tick.state, position=tick.position())",
+            )
+        )
+    plain = {} if position is None else {"position": position.plain()}
     from .store import Store
 
     with Store(path, write=True) as store:
-        store.save(0 if step is None else step, tree, {"metrics": numbers, "config": config}, block=True)
+        document = {"metrics": numbers, "config": config}
+        store.save(0 if step is None else step, tree, document, plain=plain, block=True)
