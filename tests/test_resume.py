@@ -6,6 +6,7 @@ Checkpoints on disk, other processes and `kill -9` are in test_crash.py; here a 
 import copy
 import os
 import signal
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -41,6 +42,14 @@ EVAL = ft.eval_step(MODEL, lambda model, batch: {"loss": F.cross_entropy(model(b
 BATCHES = [{"x": X[i : i + 8], "y": Y[i : i + 8]} for i in range(0, 50, 8)]
 
 
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+    def __getitem__(self, name):
+        return getattr(self, name) if isinstance(name, str) else tuple.__getitem__(self, name)
+
+
 class Rows(torch.utils.data.Dataset):
     def __len__(self):
         return 50
@@ -62,6 +71,8 @@ DATA = {
     "window-step": lambda: {"data": ft.data.window(BATCHES, 3)},
     "window-carry": lambda: {"data": ft.data.window({"x": X, "y": Y}, 3, short="carry", batch_size=8)},
     "window-huge": lambda: {"data": ft.data.window(BATCHES, 10, short="carry")},
+    "window-pair": lambda: {"data": ft.data.window([Pair(b["x"], b["y"]) for b in BATCHES], 3, short="carry")},
+    "window-sizes": lambda: {"data": ft.data.window(BATCHES, lambda epoch: (10, 4, 2)[epoch], short="carry")},
     "window-generator": lambda: {"data": ft.data.window(generate, 3, short="carry")},
 }
 
@@ -236,3 +247,15 @@ def test_a_signal_ends_the_run_at_a_step_and_it_goes_on(number, where):
     assert signal.getsignal(number) is before
     assert len(saver.shots) == 1
     assert_same(run("list", Memory(ft.every(epochs=100), saver.shots[0]), resume="auto"), whole)
+
+
+@pytest.mark.parametrize(
+    "until",
+    [ft.until(steps=9), ft.at(9), ft.until(epochs=2), ft.until(samples=60), ft.every(steps=4) & ft.every(epochs=1)],
+    ids=str,
+)
+def test_until_holds_for_a_run_that_goes_on(until):
+    saver = Memory(ft.every(steps=1) | ft.every(epochs=1))
+    whole = run("list", saver, epochs=4, until=until)
+    for shot in (*saver.shots[1::3], saver.shots[-1]):
+        assert_same(run("list", Memory(ft.every(epochs=9), shot), epochs=4, until=until, resume="auto"), whole)

@@ -72,7 +72,7 @@ class Windows:
             source.sizes,
             facts=facts,
             finish=None if source.finish is None else _each(source.finish, self.size),
-            between=lambda: {"inner": source.start(), "over": list(grouped.over)},
+            between=lambda: {"inner": source.start(), "over": _places(grouped.over)},
             closing=source.close,
         )
 
@@ -100,7 +100,7 @@ class _Grouped:
         size = self.size if isinstance(self.size, int) else _checked(self.size(epoch), f"the size for epoch {epoch}")
         waiting, self.over = self.over, []
         if "over" in place:
-            waiting = list(place["over"])
+            waiting = [_Kept(one["leaves"]) for one in place["over"]]
         elif place["batch"]:  # a place that somebody counted
             place = {"batch": place["batch"], "inner": {"batch": place["batch"] * size - len(waiting)}}
         windows = _Grouping(self, self.source(epoch, place.get("inner")), waiting, size)
@@ -116,11 +116,18 @@ class _Grouping(Iterator[Any]):
         self.owner, self.batches, self.waiting, self.size = owner, batches, waiting, size
 
     def __next__(self) -> Window:
-        while len(self.waiting) < self.size:
+        kept = any(isinstance(one, _Kept) for one in self.waiting)
+        # A batch that is read tells how those that were kept are built; so there has to be one.
+        while len(self.waiting) < self.size or (kept and isinstance(self.waiting[-1], _Kept)):
             try:
                 self.waiting.append(next(self.batches))
             except StopIteration:
                 return self._last()
+        if kept:
+            structure = tree.structure(self.waiting[-1])
+            self.waiting = [
+                tree.unflatten(structure, one.leaves) if isinstance(one, _Kept) else one for one in self.waiting
+            ]
         full, self.waiting = self.waiting[: self.size], self.waiting[self.size :]
         return Window(tuple(full))
 
@@ -133,10 +140,22 @@ class _Grouping(Iterator[Any]):
         raise StopIteration
 
     def place(self) -> dict[str, Any]:
-        return {"inner": self.batches.place(), "over": list(self.waiting or self.owner.over)}
+        return {"inner": self.batches.place(), "over": _places(self.waiting or self.owner.over)}
 
     def close(self) -> None:
         self.batches.close()
+
+
+class _Kept:
+    """A batch that was read in another process: its leaves."""
+
+    def __init__(self, leaves: list[Any]) -> None:
+        self.leaves = leaves
+
+
+def _places(batches: list[Any]) -> list[dict[str, Any]]:
+    """Batches as a place can hold them: whatever they are built of, by their leaves."""
+    return [{"leaves": one.leaves if isinstance(one, _Kept) else tree.leaves(one)} for one in batches]
 
 
 def _each(finish: Callable[[Any, int, int], Any], size: Size) -> Callable[[Any, int, int], Any]:

@@ -11,7 +11,7 @@ Laws
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -224,7 +224,7 @@ def _run(
     now, place = position.clock, position.data
     # A run that was complete already takes no step; one left after an epoch's last step completes the epoch first, as ever.
     begun = (now.steps or now.epochs) and place["batch"] != source.length
-    reached = _over(limits, source, Clock(), now) if begun else None
+    reached = _over(limits, source, _earlier(now, place), now) if begun else None
     if reached is not None:
         return reached
     like: Any = tree.map(_shell, state)
@@ -265,6 +265,13 @@ def _run(
         reached = _over(limits, source, before, now)
         if reached is not None:
             return reached
+
+
+def _earlier(now: Clock, place: Mapping[str, Any]) -> Clock:
+    """One step before, or one epoch end: what a limit that fires at one moment was asked with at the last step that was taken."""
+    if place["batch"] == 0 and now.epochs:
+        return now._replace(epochs=now.epochs - 1)
+    return now._replace(steps=now.steps - 1, samples=now.samples - 1)
 
 
 def _over(limits: Limits, source: Epochs, before: Clock, now: Clock) -> str | None:
