@@ -213,6 +213,10 @@ class Saver(Protocol):
         """Save; the snapshot's memory may be overwritten as soon as this returns."""
         ...
 
+    def amend(self, snapshot: Any, /) -> None:
+        """The metrics of this step, which has a checkpoint that was made before they were known."""
+        ...
+
     def check_metrics(self, evaluator: str, metrics: Mapping[str, Any], /) -> None:
         """Raise where what to keep depends on a metric that this evaluator was to give, and does not."""
         ...
@@ -229,6 +233,6 @@ class Saver(Protocol):
         """Return when all that was saved is complete; raises what went wrong."""
         ...
 
-    def close(self, failed: bool = False, /) -> None:
-        """End: as `wait`, and others may write to the place now. After a failure of the run, own failures are not raised."""
+    def close(self, cut: bool = False, /) -> None:
+        """End: as `wait`, and others may write to the place now. `cut`: the run did not come to its end."""
         ...

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -444,3 +445,26 @@ def test_a_position_that_is_none(tmp_path):
     ft.save(tmp_path, state)
     with pytest.raises(ft.errors.RestoreError, match=r"(?s)saved without a position.*position=tick.position\(\)"):
         ft.checkpoint.position(tmp_path)
+
+
+def test_an_evaluation_that_was_interrupted_still_decides_about_its_checkpoint(tmp_path):
+    calls = []
+
+    def evaluate(state, batch):
+        calls.append(batch)
+        if len(calls) == 2:  # at the end of the first epoch, which is to be the best one
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"loss": ft.metrics.Mean(state.step.float(), torch.tensor(1.0))}
+
+    def go():
+        ckpt = checkpoints(tmp_path, keep=ft.keep(best=1, by="val/loss"))
+        evals = {"val": ft.Evaluator(evaluate, BATCHES[:2])}
+        options = {"epochs": 3, "evals": evals, "checkpoint": ckpt, "progress": False, "compile": False}
+        return ft.fit(ft.init(MODEL, TX), STEP, BATCHES, resume="auto", **options), ckpt
+
+    result, ckpt = go()
+    assert (result.reason, ckpt.entries()[0].metrics.get("val/loss")) == ("terminated", None)
+    result, ckpt = go()
+    assert [entry.step for entry in ckpt.entries()] == [7, 21]
+    assert ckpt.entries()[0].metrics["val/loss"] == 7.0
+    assert ft.restore(tmp_path, like=result.state, step="best", by="val/loss").counters().step == 7

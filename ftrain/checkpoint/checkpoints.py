@@ -187,7 +187,7 @@ class RunCheckpoints:
                 "records": self.written,
                 "journal": self.size,
                 "ended": snapshot.ended,
-                "metrics": {name: v for name, v in snapshot.metrics().items() if isinstance(v, (int, float))},
+                "metrics": _numbers(snapshot),
             },
             "data": self.facts,
             "config": self.given.config,
@@ -195,6 +195,16 @@ class RunCheckpoints:
         plain = {"position": snapshot.position.plain(), "notes": dict(snapshot.notes)}
         self.store.save(counters.step, snapshot.state, document, plain=plain, block=not self.given.background)
         self.entries.append(_entry(counters.step, document))
+
+    def amend(self, snapshot: Snapshot) -> None:
+        """Give the checkpoint of this step the metrics that it could not have, since its evaluation was interrupted."""
+        step = snapshot.state.counters().step
+        if step in self.store.foreign:
+            return
+        document = {name: part for name, part in self.store.document(step).items() if name in ("run", "data", "config")}
+        document["run"] = {**document["run"], "metrics": _numbers(snapshot)}
+        self.store.amend(step, document)
+        self.entries = [_entry(step, document) if entry.step == step else entry for entry in self.entries]
 
     def check_metrics(self, evaluator: str, metrics: Mapping[str, Any]) -> None:
         """Raise where what to keep goes by a metric of this evaluator that it does not give."""
@@ -216,14 +226,14 @@ class RunCheckpoints:
         """Return when all that was saved is complete."""
         self.store.wait()
 
-    def close(self, failed: bool = False) -> None:
+    def close(self, cut: bool = False) -> None:
         """Wait, delete what is not kept, and let others write to the folder."""
         try:
             self.store.wait()
             self._sweep()
         finally:
             self.store.close()
-        if failed or self.given.keep is None or not self.entries:
+        if cut or self.given.keep is None or not self.entries:
             return
         for name in self.given.keep.by():
             if not any(name in entry.metrics for entry in self.entries):
@@ -384,6 +394,10 @@ def _damaged(store: Store, step: int, saved: Sequence[int], cause: str) -> Check
 
 def _names(document: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys((*document["data"], *facts)))
+
+
+def _numbers(snapshot: Snapshot) -> dict[str, float]:
+    return {name: value for name, value in snapshot.metrics().items() if isinstance(value, (int, float))}
 
 
 def _entry(step: int, document: Mapping[str, Any]) -> Entry:

@@ -75,6 +75,7 @@ class Session:
         self.before: tuple[dict[str, Any], Clock] = ({}, Clock())
         self.hooked: Attended | None = None  # what the first hooks of this tick gave
         self.kept: Snapshot | None = None  # the copy that an exception carries
+        self.unsettled = False  # whether that was made before this step's evaluation had come to its end
         self.saved: int | None = None  # the newest step with a checkpoint
 
     # -- the run --------------------------------------------------------------------------------------------------------------
@@ -322,6 +323,7 @@ class Session:
         if isinstance(self.step, CompiledStep):
             self.step.rehearse(notes["shapes"])
         pending = notes["pending"]
+        self.unsettled = pending is not None
         end = pending is not None and pending["kind"] == "epoch"
         epoch = counters.epoch - 1 if end else counters.epoch
         tick = Tick(found.state, {}, counters.step, epoch, counters.samples, found.position.data["batch"] - 1, end=end)
@@ -338,9 +340,14 @@ class Session:
     def save(self, shot: Snapshot) -> None:
         """Hand a snapshot to the checkpointer, unless this step has one already."""
         step = shot.state.counters().step
-        if step != self.saved and self.saver is not None:
+        if self.saver is None:
+            return
+        if step != self.saved:
             self.saver.save(shot)
             self.saved = step
+        elif self.unsettled and self.attending is None:
+            self.saver.amend(shot)
+        self.unsettled = self.attending is not None
 
     def first_loss(self, tick: Tick) -> None:
         """The one look at a value before the first log point: a run that begins with NaN is wrong from the start."""
@@ -441,7 +448,7 @@ class Session:
         failures: list[BaseException] = []
         if self.saver is not None:
             try:
-                self.saver.close(failed)
+                self.saver.close(failed or self.signals.reason is not None)
             except Exception as error:
                 failures.append(error)
         for _, source, _ in self.evaluators.values():
