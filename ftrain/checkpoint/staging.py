@@ -11,8 +11,9 @@ Laws
 
 from __future__ import annotations
 
-import mmap
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from .packing import Array
 __all__ = ["Staging"]
 
 _ALIGN = 4096
+PARALLEL = (
+    64 << 20
+)  # bytes from which on threads of our own copy, where torch has only one: a core does not fill the memory bus
 
 
 class Staging:
@@ -47,15 +51,20 @@ class Staging:
             offsets.append(total)
             total += -(-array.nbytes // _ALIGN) * _ALIGN
         memory = self._reserve(total, pinned=bool(cuda))
-        copies = []
+        copies, pairs = [], []
         for array, offset in zip(arrays, offsets, strict=True):
             flat = memory[offset : offset + array.nbytes].view(array.dtype)
             at = 0
             for part in array.parts:
-                n = part.numel()
-                flat[at : at + n].view(part.shape).copy_(part, non_blocking=True)  # mutates: memory of our own
-                at += n
+                pairs.append((flat[at : at + part.numel()].view(part.shape), part))
+                at += part.numel()
             copies.append(flat.view(array.shape))
+        hands = 1 if cuda or total < PARALLEL or torch.get_num_threads() > 1 else min(4, _processors())
+        if hands == 1:
+            _copy(pairs)
+        else:
+            with ThreadPoolExecutor(hands) as pool:
+                list(pool.map(_copy, [pairs[i::hands] for i in range(hands)]))
         for device in set(cuda):
             torch.cuda.current_stream(device).synchronize()
         return copies
@@ -68,19 +77,14 @@ class Staging:
         memory = self._memory
         if memory is None or memory.numel() < total or memory.is_pinned() != pinned:
             self._memory = None  # before its successor is made: never both
-            self._memory = memory = _pinned(total) if pinned else _pages(total)
+            self._memory = memory = torch.empty(total, dtype=torch.uint8, pin_memory=pinned)
         return memory
 
 
-def _pinned(total: int) -> Tensor:
-    return torch.empty(total, dtype=torch.uint8, pin_memory=True)
+def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for target, part in pairs:
+        target.copy_(part, non_blocking=True)  # mutates: memory of our own
 
 
-def _pages(total: int) -> Tensor:
-    """Fresh memory in pages of 2 MiB where the system has them: the first save then costs a few hundred page faults, not a million."""
-    if not total:
-        return torch.empty(0, dtype=torch.uint8)
-    pages = mmap.mmap(-1, total)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
