@@ -228,7 +228,7 @@ def test_items_that_are_batches_already() -> None:
         (DataLoader([1, 2]), r"(?s)order of its own.*loader.dataset"),
         (object(), "no data that can be sought"),
     ],
-    ids=str,
+    ids=lambda one: one if isinstance(one, str) else type(one).__name__,
 )
 def test_what_is_no_data(data: Any, text: str) -> None:
     with pytest.raises(DataError, match=text):
