@@ -199,7 +199,7 @@ class Bench:
         """Saving and restoring."""
         import checkpoints
 
-        rounds = 3 if self.quick else max(self.rounds // 10, 3)
+        rounds = 3 if self.quick else max(self.rounds // 5, 3)
         tables, bars, self.samples = checkpoints.run(rounds, self.quick, self.folder, self.tell)
         self.tables += tables
         self.bars += bars
