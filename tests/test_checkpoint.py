@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import struct
 import warnings
 from dataclasses import replace
@@ -191,8 +192,30 @@ def test_steps_that_make_no_sense_are_errors(steps, tmp_path):
     for bad in ("newest", 1.0, True, None):
         with pytest.raises(RestoreError, match="is no step"):
             ft.restore(steps, like=like, step=bad)
-    with pytest.raises(CheckpointError, match="there are no checkpoints"):
-        ft.restore(tmp_path / "nowhere", like=like)
+    for call in (ft.restore, ft.checkpoint.compare):
+        with pytest.raises(CheckpointError, match=r"there are no checkpoints[\s\S]*got: +no such folder"):
+            call(tmp_path / "nowhere", like=like)
+
+
+def test_the_folder_of_a_step_is_told_from_that_of_the_checkpoints(tmp_path):
+    like = {"w": torch.ones(2)}
+    ft.save(tmp_path / "run", like, step=5, position=ft.Position(0))
+    text = rf'this is the checkpoint itself[\s\S]*ft\.restore\("{re.escape(str(tmp_path))}/run", step=5, like='
+    path = tmp_path / "run" / "5"
+    for call in (
+        lambda: ft.restore(path, like=like),
+        lambda: ft.restore(path, like=like, step=5),
+        lambda: ft.restore(path, like=like, step="best"),
+        lambda: ft.checkpoint.compare(path, like=like),
+        lambda: ft.checkpoint.position(path),
+        lambda: ft.checkpoint.info(path),
+        lambda: ft.checkpoint.to_safetensors(tmp_path / "m", path),
+    ):
+        with pytest.raises(CheckpointError, match=text):
+            call()
+    (tmp_path / "8").mkdir()  # called like a step, and no checkpoint
+    with pytest.raises(CheckpointError, match=r"there are no checkpoints"):
+        ft.restore(tmp_path / "8", like=like)
 
 
 def test_the_only_metric_needs_no_name(tmp_path):

@@ -679,6 +679,35 @@ def test_a_path_that_is_a_file_is_an_error(tmp_path):
             Store(tmp_path / "file", write=write)
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["gs://bucket/run", "s3://bucket/run", "my+scheme://host/run", Path("gs://bucket/run"), Path("s3://bucket/run")],
+    ids=repr,
+)
+def test_a_path_that_is_a_url_is_an_error(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tree = {"w": torch.ones(1)}
+    text = r"remote folders are not supported; save to a local folder and copy it[\s\S]*where: .*(bucket|host)"
+    for call in (
+        lambda: Store(path, write=True),
+        lambda: Store(path, write=False),
+        lambda: ft.save(path, tree),
+        lambda: ft.restore(path, like=tree),
+        lambda: ft.checkpoint.info(path),
+        lambda: ft.checkpoint.to_safetensors(tmp_path / "m", path),
+    ):
+        with pytest.raises(CheckpointError, match=text):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_local_path_may_have_colons(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("run:1/lr", Path("x:1/lr"), tmp_path / "gs" / "x"):
+        ft.save(path, {"w": torch.ones(1)})
+        assert ft.restore(path, like={"w": torch.zeros(1)})["w"].item() == 1
+
+
 def test_a_step_that_is_not_there_is_an_error_that_names_those_that_are(store, tmp_path):
     with pytest.raises(CheckpointError, match="there are no checkpoints"):
         store.load(7, {})

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import uuid
@@ -33,16 +34,27 @@ __all__ = ["Folder", "sync_tree"]
 MARKER = "ftrain.json"
 ARRAYS, DOCUMENT = "arrays", "document"
 UNFINISHED = "*.orbax-checkpoint-tmp*"
+# `Path("gs://bucket")` is "gs:/bucket" by the time that it gets here, so the usual ones are known without the second slash.
+REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|(?:gs|gcs|s3a?|r2|az|abfss?|hdfs|https?|file|ftp|sftp|ssh):/")
 
 
 class Folder:
     """One folder, opened to read or to write. To write takes the lock, and clears away what a writer that was killed left behind.
 
     Raises:
-        CheckpointError: the path is a file, cannot be written to, has another writer, or holds steps that are not ftrain's.
+        CheckpointError: the path is a URL or a file, cannot be written to, has another writer, or holds steps that are not ftrain's.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, write: bool) -> None:
+        if REMOTE.match(os.fspath(path)):
+            raise CheckpointError(
+                explain(
+                    "remote folders are not supported; save to a local folder and copy it.",
+                    where=os.fspath(path),
+                    expected="a folder of this machine, or one that is mounted on it",
+                    fix='"run/checkpoints"',
+                )
+            )
         self.path = Path(path).absolute()
         self.id = ""
         self._lock: Any = None
@@ -92,6 +104,11 @@ class Folder:
     def record(self, step: int) -> Path:
         """The file with the record of a step."""
         return self.step(step) / DOCUMENT / "metadata"
+
+    def own_step(self) -> int | None:
+        """The step that this path itself is the checkpoint of, where someone gave that in the place of its folder."""
+        name, record = self.path.name, self.path / DOCUMENT / "metadata"
+        return int(name) if name.isdecimal() and str(int(name)) == name and record.exists() else None
 
     def discard(self, step: int) -> None:
         """Take a step away: by one rename, then at leisure."""

@@ -66,12 +66,34 @@ class Listing:
     def no_step(self, step: Any) -> CheckpointError:
         """The error for a step that does not exist."""
         saved = self.saved()
+        if not saved:
+            return self.nothing()
         return CheckpointError(
             explain(
-                f"there is no checkpoint of step {step}." if saved else "there are no checkpoints.",
+                f"there is no checkpoint of step {step}.",
                 where=str(self._folder.path),
-                expected=f"one of {', '.join(map(str, saved))}" if saved else "a folder with checkpoints",
-                got=None if self._folder.path.is_dir() else "no such folder",
+                expected=f"one of {', '.join(map(str, saved))}",
+            )
+        )
+
+    def nothing(self) -> CheckpointError:
+        """The error for a folder that has no checkpoint that can be read."""
+        path, own = self._folder.path, self._folder.own_step()
+        if own is not None:
+            return CheckpointError(
+                explain(
+                    f"this is the checkpoint itself: give the folder that it is in, and step={own}.",
+                    where=str(path),
+                    fix=f'ft.restore("{path.parent}", step={own}, like=...)',
+                )
+            )
+        broken = "; ".join(map(str, self.damaged))
+        return CheckpointError(
+            explain(
+                f"the checkpoints are damaged: steps {broken}." if broken else "there are no checkpoints.",
+                where=str(path),
+                expected="a folder with checkpoints",
+                got=None if path.is_dir() else "no such folder",
             )
         )
 

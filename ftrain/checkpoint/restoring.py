@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, RestoreError, RestoreWarning, explain
+from ..errors import RestoreError, RestoreWarning, explain
 from ..state import TrainState, check_state
 from .entries import Entry, best
 from .paths import Rename, Select
@@ -145,14 +145,7 @@ def choose(store: Store, step: int | str, by: str | None, mode: str) -> int:
     if whole:
         return int(step)  # the store says which there are, if this one is not
     if not saved:
-        broken = "; ".join(str(one) for one in store.damaged)
-        raise CheckpointError(
-            explain(
-                "there are no checkpoints." if not broken else f"the checkpoints are damaged: steps {broken}.",
-                where=store.path,
-                expected="a folder with checkpoints",
-            )
-        )
+        raise store.nothing()
     if step == "latest":
         return saved[-1]
     entries = [Entry(one, metrics=_metrics(store.document(one))) for one in saved]

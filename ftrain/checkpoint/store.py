@@ -98,6 +98,11 @@ class Store:
         self._listing.saved()
         return self._listing.damaged
 
+    def nothing(self) -> CheckpointError:
+        """The error for a folder in which there is nothing to be read: why, and what is meant perhaps."""
+        self._listing.saved()
+        return self._listing.nothing()
+
     @property
     def foreign(self) -> list[int]:
         """The steps that were not written in this folder (copied there, or by another program): never deleted."""

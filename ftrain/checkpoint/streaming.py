@@ -149,17 +149,15 @@ class Stored:
 
     def _choose(self, step: int | str) -> int:
         saved = self._store.saved
+        if not saved:
+            raise self._store.nothing()
         chosen = saved[-1] if saved and step == "latest" else step
         if isinstance(chosen, bool) or chosen not in saved:
             raise CheckpointError(
                 explain(
-                    f"{self.what}: there is no checkpoint of step {step!r}."
-                    if saved
-                    else f"{self.what}: no checkpoints.",
+                    f"{self.what}: there is no checkpoint of step {step!r}.",
                     where=self._store.path,
-                    expected=f"'latest', or one of {', '.join(map(str, saved))}"
-                    if saved
-                    else "a folder of checkpoints",
+                    expected=f"'latest', or one of {', '.join(map(str, saved))}",
                     got=f"step={step!r}",
                 )
             )
