@@ -220,6 +220,22 @@ def test_data_that_cannot_be_iterated(data: Any, refused: Refused) -> None:
         fit(state, step, data)
 
 
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Iterator[Any]:
+        yield BATCH
+
+
+def test_a_torch_dataset_is_given_without_a_loader(refused: Refused) -> None:
+    state, step = subject()
+    fixes = ("DataLoader(dataset, batch_size=64)\n", "DataLoader(dataset, batch_size=None)   # where it gives batches")
+    with refused(state, errors.DataError, "cannot be iterated", "got:      Stream", *fixes) as found:
+        fit(state, step, Stream())
+    assert "shuffle=True" not in str(found.value)  # torch refuses it for a stream
+    pairs = torch.utils.data.TensorDataset(BATCH["x"])
+    with refused(state, errors.DataError, "cannot be iterated", "DataLoader(dataset, batch_size=64, shuffle=True)"):
+        fit(state, step, pairs)
+
+
 def test_a_data_function_that_returns_no_iterable(refused: Refused) -> None:
     state, step = subject()
     with refused(state, errors.DataError, "returned no iterable", "got:      int"):
@@ -318,6 +334,13 @@ def test_a_batch_with_a_string_in_it(way: Any, name: str, refused: Refused) -> N
     state, step = subject()
     with refused(state, errors.BatchError, "cannot be a tensor", f"where:    {path}\n", "collate_fn"):
         way(state, step, batch)
+
+
+@ways(LOOPS, {"fit-eager": FITS["fit-eager"], "fit-auto": FITS["fit-auto"]})
+def test_a_batch_that_is_none(way: Any, refused: Refused) -> None:
+    state, step = subject()
+    with refused(state, errors.BatchError, "the data gave None", "ft.data.source(...).filter(...)"):
+        way(state, step, None)
 
 
 @pytest.mark.parametrize("name", STRINGS)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import tree
 from ..errors import BatchError, explain
 
-__all__ = ["host_tensor", "to_device"]
+__all__ = ["host_tensor", "no_batch", "to_device"]
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -22,7 +22,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
         device: where the state lies.
 
     Raises:
-        BatchError: a leaf is something else (a string, say), with its path.
+        BatchError: the batch is None; or a leaf is something else (a string, say), with its path.
 
     >>> import numpy as np, torch
     >>> from ftrain.data import to_device
@@ -44,7 +44,21 @@ def to_device(batch: Any, device: torch.device) -> Any:
                     for path, leaf in tree.items(batch, root="batch")
                 ],
             )
+    if batch is None:
+        raise no_batch()
     return batch
+
+
+def no_batch() -> BatchError:
+    """The error for None, which is a tree without leaves, and so would go on to the user's model."""
+    return BatchError(
+        explain(
+            "the data gave None in the place of a batch.",
+            expected="a tree of tensors",
+            cause="a function or collate_fn that returns nothing, or None for what is to be left out",
+            fix="ft.data.source(...).filter(...)   # leave such batches out",
+        )
+    )
 
 
 def host_tensor(leaf: Any, path: str) -> Tensor:

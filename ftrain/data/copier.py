@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import tree
-from .batches import host_tensor
+from .batches import host_tensor, no_batch
 
 __all__ = ["Copier", "CudaCopier", "Pending", "copier_for"]
 
@@ -65,6 +65,8 @@ class CudaCopier:
 
     def start(self, batch: Any) -> Pending:
         leaves = tree.leaves(batch)
+        if batch is None:
+            raise no_batch()
         if all(isinstance(leaf, Tensor) and leaf.device == self._device for leaf in leaves):
             return Pending(batch, [], None, False)  # handed through as it is
         copies: list[Tensor] = []

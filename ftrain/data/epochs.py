@@ -183,13 +183,12 @@ def as_epochs(
             closing=called.memory.close,
         )
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes, torch.utils.data.Dataset)):
-        dataset = isinstance(data, torch.utils.data.Dataset)
         raise DataError(
             explain(
                 f"{what}: the data cannot be iterated in batches.",
                 expected="an iterable of batches, a DataLoader, a function epoch -> iterable, or arrays with batch_size=",
                 got=type(data).__name__,
-                fix="torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True)" if dataset else None,
+                fix=_loader_for(data),
             )
         )
     once = isinstance(data, Iterator)
@@ -203,6 +202,18 @@ def as_epochs(
         between=memory.between,
         closing=memory.close,
     )
+
+
+def _loader_for(data: Any) -> str | None:
+    """What makes batches of a torch dataset; torch refuses shuffle=True for a stream."""
+    if isinstance(data, torch.utils.data.IterableDataset):
+        return (
+            "torch.utils.data.DataLoader(dataset, batch_size=64)\n"
+            "torch.utils.data.DataLoader(dataset, batch_size=None)   # where it gives batches already"
+        )
+    if isinstance(data, torch.utils.data.Dataset):
+        return "torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True)"
+    return None
 
 
 class _Called:
