@@ -114,13 +114,18 @@ class Source(Readable):
         Args:
             n: items in a batch.
             last: what becomes of a last batch that is not full: `"keep"` it, `"drop"` it, or `"pad"` it to n rows. With `"pad"`, batches
-                are dicts, and all of them have an entry `"mask"`, bool of shape (n,), False for what is padding; it is the weight of
-                scalar losses and metrics.
+                are dicts, and all of them have an entry `"mask"`, bool of shape (n,), False for what is padding. The padding repeats
+                the batch's first item, and a plain mean over the rows (`losses.mean()`) counts these repeats, too: return
+                `ft.metrics.Mean.of(losses, batch["mask"])`, of one loss for each row, in its place. (Where a scalar is returned, the
+                mask only says for how many samples the batch counts beside the others.)
             collate: makes a batch of a list of items; default: `ft.data.collate`.
 
         >>> import torch, ftrain as ft
         >>> ft.data.source({"x": torch.arange(5)}).batch(3, last="pad")[1]
         {'x': tensor([3, 4, 3]), 'mask': tensor([ True,  True, False])}
+        >>> batch = ft.data.source({"x": torch.arange(5.0)}).batch(3, last="pad")[1]
+        >>> batch["x"].mean(), ft.metrics.Mean.of(batch["x"], batch["mask"]).compute()
+        (tensor(3.3333), tensor(3.5000))
         """
         integer(n, "Source.batch", "n", least=1)
         one_of(last, Last, "Source.batch", "last")
