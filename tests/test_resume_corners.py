@@ -52,7 +52,11 @@ def test_left_in_the_evaluation_of_an_epochs_last_step(data):
     assert_same(fit(Memory(ft.every(epochs=100), saver.shots[-1]), data=data, resume="auto"), whole)
 
 
-@pytest.mark.parametrize("limit", [{"steps": 7}, {"until": ft.until(steps=14)}], ids=["steps", "until"])
+@pytest.mark.parametrize(
+    "limit",
+    [{"steps": 7}, {"until": ft.until(steps=14)}, {"until": ft.every(steps=7)}],
+    ids=["steps", "until", "every"],
+)
 def test_left_after_the_last_step_of_the_last_epoch(limit):
     """The limit is reached, but the epoch is not over yet: it is evaluated and counted, as ever."""
     whole = fit(epochs=None, **limit)
@@ -72,6 +76,40 @@ def test_a_hooks_words_hold_whatever_they_are(words):
     saver = Memory(ft.every(epochs=100))
     fit(saver, hooks=[hook])
     assert_same(fit(Memory(ft.every(epochs=100), saver.shots[-1]), hooks=[hook], resume="auto"), whole)
+
+
+def test_a_hooks_stop_holds_where_a_sink_fails_at_the_same_step():
+    def hook(state, event):
+        return ft.Outcome(state, None, "enough" if event.step == 5 and event.kind == "step" else None)
+
+    def broken(record):
+        raise OSError("connection lost")
+
+    options = {"hooks": [hook], "log": ft.every(steps=5)}
+    whole = fit(**options)
+    saver = Memory(ft.every(epochs=100))
+    with pytest.raises(OSError, match="connection lost"):
+        fit(saver, sinks=[broken], **options)
+    assert_same(fit(Memory(ft.every(epochs=100), saver.shots[-1]), resume="auto", **options), whole)
+
+
+@pytest.mark.parametrize("data", [BATCHES, generate], ids=["list", "function"])
+def test_the_first_step_of_an_epoch_fails_and_a_batch_was_carried_into_it(data):
+    """The epoch before is the place to go on from, with what it had left over, though the next epoch has taken that already."""
+
+    def broken(state, batch):
+        if state.counters().step == 3:
+            raise OSError("no more paper")
+        return STEP(state, batch)
+
+    broken.init = STEP.init
+    options = {"data": ft.data.window(data, 2, short="carry")}
+    whole = fit(**options)
+    saver = Memory(ft.every(epochs=100))
+    with pytest.raises(OSError, match="no more paper"):
+        fit(saver, step=broken, **options)
+    assert len(saver.shots[-1].position.data["over"]) == 1
+    assert_same(fit(Memory(ft.every(epochs=100), saver.shots[-1]), resume="auto", **options), whole)
 
 
 @dataclass(frozen=True)

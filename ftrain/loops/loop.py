@@ -11,7 +11,7 @@ Laws
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,6 +107,7 @@ class _Run:
     started: float
     done: int = 0  # epochs completed in this run
     feed: Feed | None = None
+    next: dict[str, Any] = field(default_factory=dict)  # where the epoch after the one that is over begins
 
     @classmethod
     def of(cls, source: Epochs, now: Counters, clock: Clock) -> _Run:
@@ -124,7 +125,7 @@ class _Run:
 
     def position(self, tick: Tick) -> Position:
         if tick.end:
-            return Position(tick.epoch + 1, self.source.start(), self.clock(tick))
+            return Position(tick.epoch + 1, self.next, self.clock(tick))
         assert self.feed is not None, "a step needs a batch"
         return Position(tick.epoch, self.feed.place(tick.batch + 1), self.clock(tick))
 
@@ -221,10 +222,8 @@ def _run(
     source, device = run.source, state.device
     count, _, samples, _ = state.counters()
     waited, fresh = 0.0, True
-    now, place = position.clock, position.data
-    # A run that was complete already takes no step; one left after an epoch's last step completes the epoch first, as ever.
-    begun = (now.steps or now.epochs) and place["batch"] != source.length
-    reached = _over(limits, source, _earlier(now, place), now) if begun else None
+    now, reached = _asked(limits, source, position)
+    place = position.data
     if reached is not None:
         return reached
     like: Any = tree.map(_shell, state)
@@ -252,7 +251,9 @@ def _run(
                         return "until"
         finally:
             feed.close()
-        place, waited = source.start(), waited + feed.waited
+        # Asked for now: once the next epoch is begun, what it takes over from this one is gone.
+        place = run.next = source.start()
+        waited += feed.waited
         # An epoch may be shorter than a window that is carried on: then it leaves over more than the one before.
         if feed.read == 0 and len(place.get("over", ())) <= over:
             raise DataError(_empty(epoch, run.done, source))
@@ -267,11 +268,17 @@ def _run(
             return reached
 
 
-def _earlier(now: Clock, place: Mapping[str, Any]) -> Clock:
-    """One step before, or one epoch end: what a limit that fires at one moment was asked with at the last step that was taken."""
-    if place["batch"] == 0 and now.epochs:
-        return now._replace(epochs=now.epochs - 1)
-    return now._replace(steps=now.steps - 1, samples=now.samples - 1)
+def _asked(limits: Limits, source: Epochs, position: Position) -> tuple[Clock, str | None]:
+    """Where a run goes on: the clock at which limits were asked last, and which of them was reached already."""
+    now, place = position.clock, position.data
+    if not now.steps and not now.epochs:
+        return now, None
+    # A cadence that fires at one moment compares two clocks. The one before was a step ago; how many samples is not known.
+    epochs = now.epochs - 1 if now.epochs and not place["batch"] else now.epochs
+    before = Clock(max(now.steps - 1, 0), epochs)
+    if place["batch"] == source.length:  # left after an epoch's last step: the epoch is completed first, as ever
+        return before, None
+    return now, _over(limits, source, before, now)
 
 
 def _over(limits: Limits, source: Epochs, before: Clock, now: Clock) -> str | None:

@@ -96,7 +96,6 @@ class Session:
         else:
             self.start = position = found.position
             state, reason = self.take_over(found)
-        self.ended = reason
         if reason is None:
             reason = self.turn(state, step, source, limits, position)
         tick = self.tick
@@ -157,7 +156,6 @@ class Session:
                     if new is not old:
                         ticks.send(new)  # which puts it into the tick, too
                     if stop is not None:
-                        self.ended = stop
                         return stop
                 if show is not None and time.perf_counter() >= refresh:
                     now = time.perf_counter()
@@ -206,7 +204,7 @@ class Session:
             stop = stop or why
         records = self.recorded(tick, kind, before, now) + results
         self.records.extend(records)
-        self.attending = None
+        self.attending, self.ended = None, stop
         tick.state = state
         self.asked = now
         self.preserve(tick, kind, before, now, stop)
@@ -331,6 +329,7 @@ class Session:
         if pending is None:
             if self.asked is not None:
                 self.due = min(cadence.next_step(self.asked) for cadence in self.cadences())
+            self.ended = found.ended
             return found.state, found.ended
         tick.metrics = unpack_metrics(pending["metrics"], device)
         counted = found.position.data["batch"] == self.source.length
@@ -430,7 +429,7 @@ class Session:
             return self.kept
         if failure.origin != "step":
             return None
-        return self.snapshot()
+        return self.snapshot(self.ended)
 
     def note(self, error: BaseException, given: TrainState | None) -> None:
         """Say where it happened (PEP 678)."""
