@@ -345,6 +345,44 @@ def test_a_replay_says_so_once_and_how_to_avoid_it() -> None:
         list(epochs(1, {"batch": 1}))
 
 
+def test_numbers_drawn_in_the_workers_of_a_loader_with_a_state_are_told_of_once() -> None:
+    def make() -> Epochs:
+        return as_epochs(_made(StatefulDataLoader, True, shuffle=True, num_workers=2, generator=_torch), seed=7)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        whole = list(make()(0))
+        reader = make()(0)
+        next(reader)
+        place = through_json(reader.place())
+        reader.close()
+        restored = make()
+    with pytest.warns(DataWarning) as caught:
+        rest = list(restored(0, place))
+    assert len(caught) == 1
+    text = str(caught[0].message)
+    assert "\n" not in text
+    for part in (
+        "ft.fit: StatefulDataLoader",
+        "numbers that are drawn in its workers begin anew",
+        "ft.data.source(dataset, ..., workers=n) goes on exactly",
+    ):
+        assert part in text
+    # what the warning says is so: the same items, with other numbers
+    assert same([batch["i"] for batch in rest], [batch["i"] for batch in whole[1:]])
+    assert not same(rest, whole[1:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        list(restored(0, place))  # once
+        at_an_end = make()
+        list(at_an_end(0))
+        start = through_json(at_an_end.start())
+        list(make()(1, start))  # between two epochs nothing begins anew
+    # what it recommends is so, too
+    data = ft.data.source(Noisy(), batch_size=SIZE, shuffle=True, workers=2).epochs(seed=7)
+    assert same(list(data(0, {"batch": 1})), list(data(0))[1:])
+
+
 def test_what_can_be_sought_is_not_replayed() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", DataWarning)

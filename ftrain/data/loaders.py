@@ -5,7 +5,8 @@ Laws
 - What it draws from the global generators is a function of (seed, epoch); outside of it they are as the user left them.
 - A loader with a state of its own is saved and restored by it; together with the global streams under which it is iterated and the
   generators that it owns, so that the batches after a restore are those that would have come. What a dataset draws inside of a
-  worker is the exception: torchdata starts the workers anew, with the same seeds. A loader that is replayed has no such gap.
+  worker is the exception, of which a warning tells: torchdata starts the workers anew, with the same seeds. A loader that is
+  replayed has no such gap.
 - Any other is read again from the epoch's beginning, with its own generators as they were then, and says so once.
 - `set_epoch(epoch)` is called on the loader, its samplers and its dataset, where they have it.
 - However the epoch ends, its iterator is closed and its workers have ended; persistent ones only go on after a complete epoch.
@@ -13,11 +14,14 @@ Laws
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 from .. import rng, tree
-from ..errors import DataError, explain
+from ..errors import DataError, DataWarning, explain
 from .failures import Failing
 from .frozen import freeze, thaw
 from .generators import parts_of, put_generators, states_of
@@ -84,6 +88,7 @@ class Stateful(Opened):
             self._skip()
         elif start["batch"]:
             self.base = start["batch"]
+            self._warn()
             self.iterator = self._loaded(self.streams)
             put_generators(self.found, start.get("generators_now", {}), self.turn.what)
             self.streams.take(start["streams"])
@@ -102,6 +107,18 @@ class Stateful(Opened):
                     # StatefulDistributedSampler, told that all was read, first gives an epoch of what is left: nothing.
                     continue
             raise StopIteration
+
+    def _warn(self) -> None:
+        """Tell once of what torchdata does not save: the generators in its workers, which it seeds when it starts them."""
+        if self.memory.told or not isinstance(self.found, DataLoader) or not self.found.num_workers:
+            return
+        self.memory.told = True
+        warnings.warn(
+            f"{self.turn.what}: {type(self.found).__name__} goes on in the middle of an epoch, but numbers that are drawn in its workers "
+            "begin anew; ft.data.source(dataset, ..., workers=n) goes on exactly",
+            DataWarning,
+            stacklevel=2,
+        )
 
     def _loaded(self, streams: rng.Isolated) -> Iterator[Any] | None:
         """Give the loader its state back; in the middle of an epoch, gives its iterator."""
