@@ -176,7 +176,13 @@ class Checkpointer(Protocol):
     """What `fit(checkpoint=...)` takes: a place for checkpoints, and when and which to keep. `ft.Checkpoints` is one."""
 
     def open(
-        self, like: Any, *, resume: Any, facts: Mapping[str, Any], evaluators: Sequence[str]
+        self,
+        like: Any,
+        *,
+        resume: Any,
+        facts: Mapping[str, Any],
+        evaluators: Sequence[str],
+        optimizers: Sequence[str] = (),
     ) -> Saver:
         """Begin a run.
 
@@ -185,6 +191,7 @@ class Checkpointer(Protocol):
             resume: what the user passed to `fit`.
             facts: what tells the run's data from other data.
             evaluators: the names of the run's evaluators.
+            optimizers: what tells the optimizers of the step from others; empty where that is not known.
 
         Raises:
             CheckpointError, RestoreError: the place cannot be written to, or holds a run of another kind. Nothing was done then.

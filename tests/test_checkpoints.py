@@ -168,6 +168,10 @@ def begin(model=MODEL, tx=TX, seed=3, data=None, **options):
             r"(?s)of another run.*only in the checkpoint: .*norm.*a\.weight: shape \[8, 6\] in the checkpoint, \[9, 6\]",
         ),
         ({"tx": ft.optim.sgd(0.1, momentum=0.9)}, r"(?s)of another run.*(missing in|only in) the checkpoint: .*opt"),
+        (
+            {"tx": ft.optim.adam(1e-2)},
+            r"(?s)of another run.*optimizer: clipping.clip_by_global_norm\(\), adam.*decoupled=True",
+        ),
         ({"seed": 4}, r"(?s)of another run.*seed: 3 in the checkpoint, 4 now"),
         ({"data": {"x": X[:40], "y": Y[:40]}}, r"(?s)of another run.*data samples: 50 in the checkpoint, 40 now"),
         ({"batch_size": 10}, r"(?s)of another run.*data batch_size: 8 in the checkpoint, 10 now"),
@@ -177,7 +181,7 @@ def begin(model=MODEL, tx=TX, seed=3, data=None, **options):
             r"(?s)of another run.*data kind: 'arrays' in the checkpoint, 'list' now",
         ),
     ],
-    ids=["model", "optimizer", "seed", "samples", "batch_size", "shuffle", "kind"],
+    ids=["model", "optimizer", "rule", "seed", "samples", "batch_size", "shuffle", "kind"],
 )
 def test_a_run_of_another_kind_does_not_go_on(change, text, tmp_path):
     ckpt = checkpoints(tmp_path)
@@ -198,10 +202,10 @@ def test_a_run_of_another_kind_does_not_go_on(change, text, tmp_path):
     ("options", "text"),
     [
         ({}, '(?s)checkpoints of a run already.*steps 7.*resume="auto"'),
-        ({"resume": "newest"}, '(?s)resume=\'newest\' makes no sense.*"auto", "latest", "best", a step'),
+        ({"resume": "newest"}, '(?s)resume=\'newest\' makes no sense.*"auto", "latest", a step'),
         ({"resume": True}, "(?s)resume=True makes no sense"),
         ({"resume": 3}, "(?s)no checkpoint of step 3.*one of 7"),
-        ({"resume": "best"}, r'(?s)by which metric.*ft.keep\(best=1, by="val/loss"\)'),
+        ({"resume": "best"}, "(?s)resume='best' makes no sense"),
     ],
     ids=["none", "newest", "True", "3", "best"],
 )
@@ -468,3 +472,27 @@ def test_an_evaluation_that_was_interrupted_still_decides_about_its_checkpoint(t
     assert [entry.step for entry in ckpt.entries()] == [7, 21]
     assert ckpt.entries()[0].metrics["val/loss"] == 7.0
     assert ft.restore(tmp_path, like=result.state, step="best", by="val/loss").counters().step == 7
+
+
+def test_what_ft_save_put_there_is_kept(tmp_path):
+    ckpt = checkpoints(tmp_path, keep=ft.keep(latest=1))
+    result = run("list", ckpt, epochs=1)
+    ft.save(tmp_path, result.state, step=5)
+    run("list", ckpt, epochs=3, resume="auto")
+    assert [entry.step for entry in ckpt.entries()] == [5, 21]
+
+
+def test_a_training_metric_to_go_by_that_is_not_there_is_said_at_once(tmp_path):
+    said = []
+
+    def sink(record):
+        said.append((record.step, len(caught)))
+
+    ckpt = checkpoints(tmp_path, every=ft.every(steps=3), keep=ft.keep(best=1, by="los"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run("list", ckpt, epochs=1, sinks=[sink])
+    texts = [str(one.message) for one in caught]
+    assert "the best are kept by 'los', which is not among the metrics so far" in texts[0]
+    assert 'by="loss"' in texts[0]
+    assert said[0] == (3, 1)

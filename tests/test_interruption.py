@@ -384,3 +384,16 @@ def fit_on(data):
         raise Trouble
 
     ft.fit(ft.init(MODEL, TX), STEP, data, epochs=2, progress=False, compile=False, hooks=[ft.on("step", hook)])
+
+
+def test_ctrl_c_after_another_signal_raises_at_once():
+    """Somebody who does not want to wait for what SIGTERM asked for."""
+
+    def hook(state, event):
+        if event.kind == "step" and event.clock.steps == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+        return state
+
+    with pytest.raises(KeyboardInterrupt):
+        quick(hooks=[hook])

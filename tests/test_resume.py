@@ -85,7 +85,7 @@ class Memory:
     def __init__(self, every, found=None):
         self.every, self.found, self.shots = every, found, []
 
-    def open(self, like, *, resume, facts, evaluators):
+    def open(self, like, *, resume, facts, evaluators, optimizers):
         return self
 
     def save(self, shot):

@@ -9,6 +9,7 @@ Laws
 
 from __future__ import annotations
 
+import difflib
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, CheckpointWarning, RestoreError, explain
 from ..loops import Position, Snapshot
 from ..loops.units import Cadence, every
+from ..sinks import Record
 from ..state import TrainState
-from .entries import Entry, best
+from .entries import Entry
 from .journal import Journal
 from .keeping import Keep, keep
 
@@ -37,7 +39,7 @@ class Checkpoints:
     A checkpoint has everything that the run needs to go on exactly: state, place in the data, metrics that were not recorded yet,
     memory of hooks, random streams, clocks and records. It is written in the background, from a copy in host memory. A run goes on
     with the model, optimizer, wrappers, hooks with memory, data and seed that it had; anything else is an error that lists what
-    differs.
+    differs. (Not seen are another learning rate, another loss, or other data of the same size.)
 
     Args:
         path: the folder; made where there is none.
@@ -120,7 +122,13 @@ class Checkpoints:
             store.close()
 
     def open(
-        self, like: TrainState, *, resume: Any, facts: Mapping[str, Any], evaluators: Sequence[str]
+        self,
+        like: TrainState,
+        *,
+        resume: Any,
+        facts: Mapping[str, Any],
+        evaluators: Sequence[str],
+        optimizers: Sequence[str] = (),
     ) -> RunCheckpoints:
         """Begin a run, or go on with one; `fit` calls this.
 
@@ -144,7 +152,8 @@ class Checkpoints:
 
         store = Store(self.path, write=True)
         try:
-            return RunCheckpoints(self, store, like, resume, facts)
+            about = {"data": dict(facts), "optimizers": list(optimizers)}
+            return RunCheckpoints(self, store, like, resume, about=about, evaluators=evaluators)
         except BaseException:
             store.close()
             raise
@@ -154,11 +163,19 @@ class RunCheckpoints:
     """The checkpoints of one run that goes on: a `ftrain.types.Saver`."""
 
     def __init__(
-        self, given: Checkpoints, store: Store, like: TrainState, resume: Any, facts: Mapping[str, Any]
+        self,
+        given: Checkpoints,
+        store: Store,
+        like: TrainState,
+        resume: Any,
+        *,
+        about: dict[str, Any],
+        evaluators: Sequence[str],
     ) -> None:
         self.every, self.on_exception, self.on_signal = given.every, given.on_exception, given.on_signal
         self.path = store.path  # absolute: the process may change its folder
-        self.given, self.store, self.like, self.facts = given, store, like, dict(facts)
+        self.given, self.store, self.like, self.about = given, store, like, about
+        self.evaluators, self.warned = tuple(evaluators), False
         self.journal = Journal(Path(store.path) / "history.jsonl")
         self.written = 0  # records in the journal
         self.size = 0  # bytes in the journal
@@ -166,6 +183,8 @@ class RunCheckpoints:
         self.found: Snapshot | None = None
         step = self._which(resume)
         self.entries = [_entry(one, store.document(one)) for one in store.saved]
+        # What ft.save put here is the user's own, to keep and to delete.
+        self.runs = {one for one in store.saved if "run" in store.document(one)}
         if step is None:
             self.journal.begin()
         else:
@@ -177,6 +196,7 @@ class RunCheckpoints:
         self.size = self.journal.append(snapshot.records[self.written :], self.size)
         for record in snapshot.records[self.written :]:
             self.names |= record.named().keys()
+        self._look_for_metrics(snapshot.records[self.written :])
         self.written = len(snapshot.records)
         counters, clock = snapshot.state.counters(), snapshot.position.clock
         document = {
@@ -189,12 +209,32 @@ class RunCheckpoints:
                 "ended": snapshot.ended,
                 "metrics": _numbers(snapshot),
             },
-            "data": self.facts,
+            **self.about,
             "config": self.given.config,
         }
         plain = {"position": snapshot.position.plain(), "notes": dict(snapshot.notes)}
         self.store.save(counters.step, snapshot.state, document, plain=plain, block=not self.given.background)
         self.entries.append(_entry(counters.step, document))
+        self.runs.add(counters.step)
+
+    def _look_for_metrics(self, records: Sequence[Record]) -> None:
+        """Say early that what is kept goes by a metric that training does not give. No error, since a hook may give it later."""
+        if self.warned or self.given.keep is None or not any(record.split == "train" for record in records):
+            return
+        self.warned = True
+        for name in self.given.keep.by():
+            if name not in self.names and name.partition("/")[0] not in self.evaluators:
+                near = difflib.get_close_matches(name, sorted(self.names), n=1, cutoff=0.0)
+                warnings.warn(
+                    explain(
+                        f"ft.Checkpoints: the best are kept by {name!r}, which is not among the metrics so far.",
+                        expected=f"one of: {', '.join(sorted(self.names))}",
+                        got=repr(self.given.keep),
+                        fix=f'by="{near[0]}"' if near else None,
+                    ),
+                    CheckpointWarning,
+                    stacklevel=2,
+                )
 
     def amend(self, snapshot: Snapshot) -> None:
         """Give the checkpoint of this step the metrics that it could not have, since its evaluation was interrupted."""
@@ -254,7 +294,7 @@ class RunCheckpoints:
         if self.given.keep is None:
             return
         complete = set(self.store.saved) - set(self.store.foreign)
-        known = [entry for entry in self.entries if entry.step in complete]
+        known = [entry for entry in self.entries if entry.step in complete and entry.step in self.runs]
         kept = self.given.keep.kept(known)
         for entry in known:
             if entry.step not in kept:
@@ -294,21 +334,7 @@ class RunCheckpoints:
             )
         if resume in ("auto", "latest"):
             return saved[-1]
-        if resume == "best":
-            entries = [_entry(one, self.store.document(one)) for one in saved]
-            policies = [] if self.given.keep is None else self.given.keep.best()
-            if not policies:
-                raise CheckpointError(
-                    explain(
-                        'ft.fit: resume="best", but by which metric?',
-                        expected="a policy that says what is best",
-                        got=repr(self.given.keep),
-                        fix='keep=ft.keep(best=1, by="val/loss")',
-                    )
-                )
-            step = best(entries, *policies[0]).step
-        else:
-            step = resume
+        step = int(resume)
         if step not in saved:
             raise CheckpointError(
                 explain(
@@ -349,12 +375,15 @@ class RunCheckpoints:
             for name, there, here in (
                 ("seed", run["seed"], self.like.counters().seed),
                 *(
-                    (f"data {name}", document["data"].get(name), self.facts.get(name))
-                    for name in _names(document, self.facts)
+                    (f"data {name}", document["data"].get(name), self.about["data"].get(name))
+                    for name in dict.fromkeys((*document["data"], *self.about["data"]))
                 ),
             )
             if there != here
         ]
+        rules, ours = document["optimizers"], self.about["optimizers"]
+        if rules and ours and rules != ours:  # none is known of a step that was written by hand
+            differences.append(f"optimizer: {', '.join(rules)} in the checkpoint, {', '.join(ours)} now")
         report = self.store.compare(step, self.like)
         if differences or not report.fits:
             lines = [*differences, *report.differences()]
@@ -392,10 +421,6 @@ def _damaged(store: Store, step: int, saved: Sequence[int], cause: str) -> Check
     )
 
 
-def _names(document: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys((*document["data"], *facts)))
-
-
 def _numbers(snapshot: Snapshot) -> dict[str, float]:
     return {name: value for name, value in snapshot.metrics().items() if isinstance(value, (int, float))}
 
@@ -414,11 +439,11 @@ def _listed(steps: Sequence[int]) -> str:
 
 def _check_resume(resume: Any) -> None:
     whole = isinstance(resume, int) and not isinstance(resume, bool)
-    if resume is not None and resume not in ("auto", "latest", "best") and not whole:
+    if resume is not None and resume not in ("auto", "latest") and not whole:
         raise CheckpointError(
             explain(
                 f"ft.fit: resume={resume!r} makes no sense.",
-                expected='"auto", "latest", "best", a step, or None',
+                expected='"auto", "latest", a step, or None',
                 got=type(resume).__name__,
                 fix='resume="auto"',
             )

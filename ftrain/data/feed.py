@@ -97,6 +97,11 @@ class Feed(Iterator[Any]):
         finally:
             self.waited += perf_counter() - began
 
+    @property
+    def steady(self) -> bool:
+        """Whether the place changes by nothing but its count, so that it can be told at any time."""
+        return self._reader.steady
+
     def place(self, read: int | None = None) -> dict[str, Any]:
         """Where to go on after the batches that were handed out, or after `read` of them."""
         return self._reader.place_at(self.read if read is None else read)

@@ -10,6 +10,7 @@ from .. import rng
 from ..data import Epochs, as_epochs
 from ..sinks import History, Progress, Record, console
 from ..state import TrainState, check_state
+from ..steps.kinds import optimizers
 from ..steps.train import Stepped
 from ..types import Checkpointer
 from .arguments import check_arguments, check_evaluators
@@ -102,8 +103,8 @@ def fit(
         backend: a backend of `torch.compile`.
         donate: let the first step take the memory of `state`, which is then gone.
         checkpoint: where and when to save, e.g. `ft.Checkpoints("run/ckpt", every=ft.every(epochs=1))`. The last state is saved too.
-        resume: `"auto"`: go on with the newest checkpoint, or begin where there is none; `"latest"`: there has to be one; `"best"` or
-            a step (an integer): that one, which has to be the newest; None: begin, in a place without checkpoints. The same call
+        resume: `"auto"`: go on with the newest checkpoint, or begin where there is none; `"latest"`: there has to be one; a step
+            (an integer): that one, which has to be the newest; None: begin, in a place without checkpoints. The same call
             made again completes the run; one that was complete is given back as it was.
         snapshot: how often to keep a copy of the state in memory, for exceptions (see below); costs the size of the state. A step
             that fails has consumed its state where it is compiled.
@@ -157,7 +158,13 @@ def fit(
     try:
         found: Snapshot | None = None
         if checkpoint is not None:
-            session.saver = checkpoint.open(state, resume=resume, facts=source.facts, evaluators=list(evaluators))
+            session.saver = checkpoint.open(
+                state,
+                resume=resume,
+                facts=source.facts,
+                evaluators=list(evaluators),
+                optimizers=optimizers(compiled.step),
+            )
             found = session.saver.found
         if found is not None:
             state = found.state

@@ -11,7 +11,7 @@ Laws
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,6 +108,7 @@ class _Run:
     done: int = 0  # epochs completed in this run
     feed: Feed | None = None
     next: dict[str, Any] = field(default_factory=dict)  # where the epoch after the one that is over begins
+    left: Mapping[str, Any] | Exception | None = None  # the place in an epoch that was left, where only an open loader can tell it
 
     @classmethod
     def of(cls, source: Epochs, now: Counters, clock: Clock) -> _Run:
@@ -127,7 +128,21 @@ class _Run:
         if tick.end:
             return Position(tick.epoch + 1, self.next, self.clock(tick))
         assert self.feed is not None, "a step needs a batch"
-        return Position(tick.epoch, self.feed.place(tick.batch + 1), self.clock(tick))
+        if isinstance(self.left, Exception):
+            raise self.left
+        place = self.feed.place(tick.batch + 1) if self.left is None else self.left
+        return Position(tick.epoch, place, self.clock(tick))
+
+    def leave(self, read: int | None) -> None:
+        """Close the data; in the middle of an epoch, after so many batches, keep the place first where it cannot be told later."""
+        assert self.feed is not None, "it was opened"
+        try:
+            if read is not None and not self.feed.steady:
+                self.left = self.feed.place(read)
+        except Exception as error:  # raised by whoever asks for the position
+            self.left = error
+        finally:
+            self.feed.close()
 
     def last(self, tick: Tick) -> bool:
         if self.source.length is not None:
@@ -230,6 +245,7 @@ def _run(
     while True:
         epoch, over = run.begin.epoch + run.done, len(place.get("over", ()))
         run.feed = feed = Feed(source(epoch, place), device, source.finish, epoch)
+        run.left, whole, read = None, False, feed.read
         try:
             for batch in feed:
                 size = count_samples(batch)
@@ -239,6 +255,7 @@ def _run(
                     fresh = False
                 count += 1
                 samples += size
+                read = feed.read
                 tick = Tick(state, metrics, count, epoch, samples, feed.read - 1, waited + feed.waited, False, run)
                 state = yield from _give(tick)
                 if feed.read == source.length:
@@ -249,8 +266,9 @@ def _run(
                     before, now = now, run.clock(tick)
                     if limits.until.fires(before, now):
                         return "until"
+            whole = True
         finally:
-            feed.close()
+            run.leave(None if whole else read)
         # Asked for now: once the next epoch is begun, what it takes over from this one is gone.
         place = run.next = source.start()
         waited += feed.waited

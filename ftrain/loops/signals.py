@@ -20,7 +20,7 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class Signals:
-    """Context in which Ctrl-C, SIGTERM and SIGUSR1 ask a run to end; a second Ctrl-C raises `KeyboardInterrupt` at once.
+    """Context in which Ctrl-C, SIGTERM and SIGUSR1 ask a run to end; a Ctrl-C after that raises `KeyboardInterrupt` at once.
 
     A handler of the user's own is called as well. Off the main thread, where Python allows no handlers, nothing is installed.
 
@@ -58,7 +58,7 @@ class Signals:
 
     def _flag(self, number: int, frame: FrameType | None) -> None:
         reason = REASONS[signal.Signals(number).name]
-        if number == signal.SIGINT and self.reason == reason:
+        if number == signal.SIGINT and self.reason is not None:  # whatever asked first: somebody will not wait
             raise KeyboardInterrupt
         self.reason = self.reason or reason
         before = self._before.get(number)
