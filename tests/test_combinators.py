@@ -95,24 +95,42 @@ def apply(source: ft.data.Source, step: Step) -> ft.data.Source:
     if name in ("map", "filter", "take", "skip", "repeat", "shuffle", "shard", "cache"):
         found: ft.data.Source = getattr(source, name)(*args)
         return found
-    if name == "endless":
-        return source.repeat().take(args[0])
-    if name == "curriculum":
-        return ft.data.curriculum(Growing(source))
-    if name == "chain":
-        return ft.data.chain([source, raw(*args)])
     if name == "mix":
         kind, n, weights, end = args
         return ft.data.mix([source, raw(kind, n).shuffle()], weights, end=end)
-    policy = {
-        "zip_cycle": ft.data.zip_cycle,
-        "zip_shortest": ft.data.zip_shortest,
-    }[name]
-    return policy({"a": source, "b": raw(*args).shuffle()}).map(first)
+    if name == "pack":
+        length, pad = args
+        return source.map(document).pack(length, separator=9999, parts=True, pad=pad).map(row)
+    if name.startswith("zip"):
+        pairs: ft.data.Source = getattr(ft.data, name)({"a": source, "b": raw(*args).shuffle()})
+        return pairs.map(either)
+    return {
+        "endless": lambda n: source.repeat().take(n),
+        "curriculum": lambda: ft.data.curriculum(Growing(source)),
+        "chain": lambda kind, n: ft.data.chain([source, raw(kind, n)]),
+    }[name](*args)
 
 
 def first(item: Any) -> Any:
     return {**item["a"], "noise": torch.as_tensor(item["a"]["noise"]) + 10 * float(item["b"]["i"])}
+
+
+def either(item: Any) -> Any:
+    """Of two that may be None, where the other is longer."""
+    if item["b"] is None:
+        return item["a"]
+    return item["b"] if item["a"] is None else first(item)
+
+
+def document(item: Any) -> torch.Tensor:
+    """As many tokens as the item's number says, none too; the same whatever is drawn."""
+    return torch.arange(int(item["i"]) % 4) + 10 * int(item["i"])
+
+
+def row(item: Any) -> Any:
+    """A row of tokens as an item that can be chained on, with all that was packed in its three numbers."""
+    sums = [(part.double() * torch.arange(1, len(part) + 1)).sum() for part in item.values()]
+    return {"i": int(item["tokens"][0]) % 23, "noise": torch.stack(sums).float() / 1e4}
 
 
 FNS = st.sampled_from([plus, jitter, dropout])
@@ -128,6 +146,8 @@ STEP = st.one_of(
     st.just(("cache",)),
     st.just(("curriculum",)),
     st.tuples(st.sampled_from(["chain", "zip_cycle", "zip_shortest"]), *RAW),
+    st.tuples(st.just("zip_longest"), *RAW),
+    st.tuples(st.just("pack"), st.integers(1, 6), st.sampled_from([None, 7])),
     st.tuples(st.just("mix"), *RAW, st.sampled_from([None, (1, 3)]), st.sampled_from(["first", "all"])),
 )
 OVER_BATCHES = st.one_of(
@@ -137,6 +157,12 @@ OVER_BATCHES = st.one_of(
     st.tuples(st.just("shard"), st.just(0), st.just(2)),
     st.tuples(st.just("map"), FNS.filter(lambda fn: fn is not dropout)),
     st.tuples(st.just("filter"), st.just(not_third)),
+)
+ON_DEVICE = st.lists(st.sampled_from(["noise", "careless"]), max_size=2)
+AFTER_DEVICE = st.one_of(
+    st.tuples(st.sampled_from(["take", "skip"]), st.integers(1, 3)),
+    st.tuples(st.just("shuffle"), st.none()),
+    st.tuples(st.just("repeat"), st.integers(1, 2)),
 )
 
 
@@ -223,6 +249,29 @@ def test_what_is_left_is_the_same_wherever_reading_begins(plan: Plan, epoch: int
     read(used, epoch + 1)
     assert_same(read(used, epoch, start), whole[start:])
     assert_same(read(used, epoch), whole)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+@given(PLANS, ON_DEVICE, st.lists(AFTER_DEVICE, max_size=2), st.integers(0, 2), st.integers(0, MOST - 1))
+def test_what_functions_on_the_device_draw_is_sought_too(
+    plan: Plan, functions: list[str], over: list[Step], epoch: int, start: int
+) -> None:
+    def make() -> ft.data.Source:
+        found = built(plan)
+        for name in functions:
+            found = found.map({"noise": noise, "careless": careless}[name], device=True)
+        for step in over:
+            found = apply(found, step)
+        return found
+
+    whole = list(itertools.islice(make().at(epoch=epoch, seed=1), MOST))
+    rest = list(itertools.islice(make().at(epoch=epoch, seed=1, start=start), max(0, MOST - start)))
+    assert_same(rest, whole[start:])
+    if functions and len(whole) > 1 and not over:  # they did something, and another thing to each batch
+        bare = list(itertools.islice(built(plan).at(epoch=epoch, seed=1), MOST))
+        shifts = [(a["noise"] - b["noise"]).flatten()[0].item() for a, b in zip(whole, bare, strict=True)]
+        assert len(set(shifts)) == len(shifts)
+        assert all(shifts)
 
 
 @MANY
@@ -510,8 +559,14 @@ def test_a_curriculum_is_another_source_in_each_epoch() -> None:
         list(wrong.at(epoch=1))
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(1, 7), st.integers(0, 7), st.integers(0, 2))
-def test_packing_loses_nothing(sizes: list[int], width: int, flags: int, epoch: int) -> None:
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    st.integers(1, 7),
+    st.integers(0, 7),
+    st.integers(0, 2),
+    st.integers(0, 12),
+)
+def test_packing_loses_nothing(sizes: list[int], width: int, flags: int, epoch: int, start: int) -> None:
     ends, pad, shuffled = bool(flags & 1), bool(flags & 2), bool(flags & 4)
     documents = [[100 * d + k for k in range(n)] for d, n in enumerate(sizes)]
     source = ft.data.source(documents)
@@ -537,6 +592,12 @@ def test_packing_loses_nothing(sizes: list[int], width: int, flags: int, epoch: 
         assert row["segments"].tolist() == [relabelled[d] for d in true] + [-1] * (width - len(true))
     plain = source.pack(width, separator=9999 if ends else None, pad=-1 if pad else None)
     assert all(torch.equal(a, b["tokens"]) for a, b in zip(plain.at(epoch=epoch), found, strict=True))
+    # sought, by an object that has measured nothing yet
+    fresh = ft.data.source(documents)
+    fresh = fresh.shuffle() if shuffled else fresh
+    fresh = fresh.pack(width, separator=9999 if ends else None, parts=True, pad=-1 if pad else None)
+    rest = list(fresh.at(epoch=epoch, start=min(start, len(found))))
+    assert_same(rest, found[start:])
 
 
 def test_packing_says_what_is_no_document() -> None:
