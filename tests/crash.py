@@ -136,9 +136,13 @@ def kill_once(folder, out, backend, rng, errors):
     process = start(folder, out, backend, errors)
     assert process.stdout is not None
     try:
+        if rng.random() < 0.2:  # while it starts, restores, cuts its records
+            time.sleep(rng.uniform(1.0, 4.0))
+            process.send_signal(signal.SIGKILL)
+            return None if process.wait() == 0 else "while it started"
         if not process.stdout.readline():  # its first record: it trains
             return None if process.wait() == 0 else f"failed with {process.returncode}"
-        middle = rng.random() < 0.5
+        middle = rng.random() < 0.6
         time.sleep(rng.uniform(0.0, 0.4))
         deadline = time.monotonic() + 2.0
         while middle and not saving(folder) and process.poll() is None and time.monotonic() < deadline:
@@ -165,7 +169,7 @@ def crash(folder, kills, *, backend="", seed=0, say=lambda text: None):
             process.communicate()
             errors.seek(0)
             assert process.returncode == 0, errors.read()
-            return json.loads((folder / f"{name}.json").read_text())
+            return outcome(folder, name)
 
         whole = finish("whole")
         moments = []
@@ -174,7 +178,7 @@ def crash(folder, kills, *, backend="", seed=0, say=lambda text: None):
             name = f"killed{rounds}"
             moment = kill_once(folder / name, folder / f"{name}.json", backend, rng, errors)
             if moment is None:  # it was done: compare, and begin another one
-                assert json.loads((folder / f"{name}.json").read_text()) == whole
+                assert outcome(folder, name) == whole
                 shutil.rmtree(folder / name)
                 rounds += 1
                 continue
@@ -183,6 +187,14 @@ def crash(folder, kills, *, backend="", seed=0, say=lambda text: None):
             moments.append(moment)
             say(f"kill {len(moments)}: {moment}, run {rounds}, newest checkpoint {newest(folder / name)}")
         return whole, finish(f"killed{rounds}"), moments
+
+
+def outcome(folder, name):
+    """What a run came to, with what is in its journal but for the clocks; both are the same in every process."""
+    found = json.loads((folder / f"{name}.json").read_text())
+    rows = [json.loads(line) for line in (folder / name / "history.jsonl").read_text().splitlines()]
+    found["journal"] = [{key: row[key] for key in row if key not in ("seconds", "waited")} for row in rows]
+    return found
 
 
 def newest(folder):

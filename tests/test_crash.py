@@ -11,8 +11,10 @@ KILLS = 6
 def test_a_run_that_is_killed_at_random_moments_is_the_run_that_was_not(tmp_path):
     whole, killed, moments = crash.crash(tmp_path, KILLS)
     assert len(moments) == KILLS
+    assert "in a save" in moments
     assert killed["reason"] == whole["reason"] == "epochs"
     assert killed["rows"] == whole["rows"]
+    assert killed["journal"] == whole["journal"]
     assert killed["state"] == whole["state"]
     assert whole["skipped"] > 10  # the planted infinities were met
     assert len(whole["rows"]) > 50
