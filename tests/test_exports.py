@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -721,6 +722,58 @@ def test_a_checkpoint_exports_as_its_state_does(tmp_path, run, params, monkeypat
     to_safetensors(tmp_path / "state", states[1], params=params)
     to_safetensors(tmp_path / "checkpoint", str(folder), step=1, params=params)
     assert (tmp_path / "checkpoint").read_bytes() == (tmp_path / "state").read_bytes()
+
+
+def assert_same_files(one, two):
+    """Both hold the same state dict: names, numbers, what shares memory, versions of modules, and size."""
+    ours, theirs = (torch.load(path, weights_only=True) for path in (one, two))
+    assert ours.keys() == theirs.keys()
+    assert getattr(ours, "_metadata", None) == getattr(theirs, "_metadata", None)
+    for name, leaf in ours.items():
+        assert same(leaf, theirs[name]) if isinstance(leaf, torch.Tensor) else leaf == theirs[name], name
+    memory = [
+        {leaf.untyped_storage().data_ptr() for leaf in found.values() if hasattr(leaf, "shape")}
+        for found in (ours, theirs)
+    ]
+    assert len(memory[0]) == len(memory[1])
+
+
+@pytest.mark.parametrize("params", [None, "ema"])
+def test_a_checkpoint_exports_to_torch_as_its_state_does(tmp_path, run, params):
+    folder, model, states = run
+    for kept in (None, model):
+        to_torch(tmp_path / "state", states[2], model=kept, params=params)
+        to_torch(tmp_path / "checkpoint", folder, model=kept, params=params)
+        assert_same_files(tmp_path / "checkpoint", tmp_path / "state")
+    to_torch(tmp_path / "state", states[1], model=model, params=params)
+    assert not same(
+        *(torch.load(tmp_path / one, weights_only=True)["body.0.weight"] for one in ("state", "checkpoint"))
+    )
+    to_torch(tmp_path / "checkpoint", str(folder), step=1, model=model, params=params)
+    assert_same_files(tmp_path / "checkpoint", tmp_path / "state")
+    with pytest.raises(
+        CheckpointError, match=r"(?s)to_torch: there is no checkpoint of step 5.*'latest', or one of 1, 2"
+    ):
+        to_torch(tmp_path / "m", folder, step=5)
+    with pytest.raises(ArgumentError, match=r"(?s)to_torch: step= is about a folder.*a state, and step=1"):
+        to_torch(tmp_path / "m", states[1], step=1)
+
+
+@pytest.mark.parametrize("make", [Gpt, Buffers, Twice, Frozen, Extra], ids=lambda make: make.__name__)
+def test_a_checkpoint_of_any_model_exports_to_torch(tmp_path, make):
+    model = make()
+    state = trained(model)
+    with Store(tmp_path / "run", write=True) as store:
+        store.save(7, state, {}, block=True)
+    before = {name: leaf.clone() for name, leaf in itertools.chain(model.named_parameters(), model.named_buffers())}
+    to_torch(tmp_path / "state", state, model=model)
+    to_torch(tmp_path / "checkpoint", tmp_path / "run", model=model)
+    assert_same_files(tmp_path / "checkpoint", tmp_path / "state")
+    fresh = make()
+    fresh.load_state_dict(torch.load(tmp_path / "checkpoint", weights_only=True))
+    assert all(
+        same(leaf, before[name]) for name, leaf in itertools.chain(model.named_parameters(), model.named_buffers())
+    )
 
 
 @pytest.mark.parametrize("make", [Gpt, Buffers, Twice, Frozen], ids=lambda make: make.__name__)

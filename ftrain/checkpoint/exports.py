@@ -96,7 +96,14 @@ def to_safetensors(
     write_all(path, specs, ((name, _plain(kept[name])) for name in order(specs)), {**notes, **shared}, what)
 
 
-def to_torch(path: Path, state: TrainState, *, model: nn.Module | None = None, params: str | None = None) -> None:
+def to_torch(
+    path: Path,
+    state: TrainState | Path,
+    *,
+    step: int | str = "latest",
+    model: nn.Module | None = None,
+    params: str | None = None,
+) -> None:
     """Write a state's parameters (trained and frozen) and buffers as a state dict, for `torch.load(path, weights_only=True)`.
 
     The file takes its name when it is complete and on the disk. All tensors are written as of the CPU, each as large as it is, whatever
@@ -104,14 +111,15 @@ def to_torch(path: Path, state: TrainState, *, model: nn.Module | None = None, p
 
     Args:
         path: of the file.
-        state: a state.
+        state: a state, or the folder of its checkpoints.
+        step: of the checkpoints, which: its number or `"latest"`.
         model: the module from which the state was made; not changed. With it the file holds the module's own `state_dict()`: tied
             tensors under all of their names (sharing memory), buffers that are not persistent left out, and extra state as the module
             has it now. Without it all of the state is written, under its own names.
         params: the name of averaged parameters to export in the place of the parameters, e.g. `"ema"`.
 
     Raises:
-        CheckpointError: it cannot be written (the file that was there before is as it was); extra state that
+        CheckpointError: it cannot be written (the file that was there before is as it was); no such checkpoint; extra state that
             `torch.load(weights_only=True)` would refuse.
         StateError: the state has no such average.
         StructureError: the state belongs to another model.
@@ -126,7 +134,12 @@ def to_torch(path: Path, state: TrainState, *, model: nn.Module | None = None, p
     """
     what = "ft.checkpoint.to_torch"
     check_model(model, what)
-    named = state_dict(check_state(state, what), model, params, what)
+    if isinstance(state, (str, os.PathLike)):
+        with Stored(state, step, params, what) as stored:
+            named = _stored_dict(stored, model)
+    else:
+        _check_step(step, what)
+        named = state_dict(check_state(state, what), model, params, what)
     first = {} if model is None else ties(model)
     made: dict[str, Any] = {}
     for name, one in named.items():
@@ -152,6 +165,17 @@ def to_torch(path: Path, state: TrainState, *, model: nn.Module | None = None, p
         out._metadata = named._metadata  # type: ignore[attr-defined]  # the versions of modules, which load_state_dict reads
     with replacing(path, what) as file:
         torch.save(out, file)
+
+
+def _stored_dict(stored: Stored, model: nn.Module | None) -> dict[str, Any]:
+    """What `state_dict` gives for a state, of a checkpoint: with a module all that its `state_dict()` has, and the numbers read."""
+    tensors = dict(stored.tensors(list(stored.specs(model))))
+    if model is None:
+        return tensors
+    found: dict[str, Any] = model.state_dict()
+    for name in found.keys() & tensors.keys():
+        found[name] = tensors[name]
+    return found
 
 
 def write_all(
