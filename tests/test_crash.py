@@ -4,10 +4,11 @@ import pytest
 
 from . import crash
 
-KILLS = 6
+KILLS = 5
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a dozen processes one after the other, beside another worker's tests
 def test_a_run_that_is_killed_at_random_moments_is_the_run_that_was_not(tmp_path):
     whole, killed, moments = crash.crash(tmp_path, KILLS)
     assert len(moments) == KILLS

@@ -24,6 +24,12 @@ class Snapshot:
             that were not recorded yet, random streams, when cadences were last asked, and what was due but not complete.
         records: the records of the run so far, those of earlier processes included.
         ended: why the run is over, where a hook or the data said so; None otherwise.
+
+    >>> import torch, ftrain as ft
+    >>> state = ft.init(torch.nn.Linear(1, 1), ft.optim.sgd(0.1))
+    >>> records = [ft.Record(0, 0, 0, 0.1, "val", {"loss": 2.0})]
+    >>> ft.Snapshot(state, ft.Position(0), records=records).metrics()
+    {'val/loss': 2.0}
     """
 
     state: TrainState
