@@ -4,7 +4,7 @@ import json
 import os
 import resource
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -110,6 +110,24 @@ def test_the_first_step_of_an_epoch_fails_and_a_batch_was_carried_into_it(data):
         fit(saver, step=broken, **options)
     assert len(saver.shots[-1].position.data["over"]) == 1
     assert_same(fit(Memory(ft.every(epochs=100), saver.shots[-1]), resume="auto", **options), whole)
+
+
+def test_more_is_carried_into_an_epoch_than_it_has_batches():
+    """Windows of what was carried are due, and the epoch has nothing more that would tell how a batch is built."""
+
+    def data(epoch):
+        yield from (BATCHES[:5] if epoch == 0 else BATCHES[5:6])
+
+    options = {"data": ft.data.window(data, lambda epoch: [6, 2, 2, 3][epoch], short="carry"), "epochs": 4}
+    whole = fit(**options)
+    saver = Memory(ft.every(steps=1))
+    fit(saver, **options)
+    assert len(saver.shots) >= 3
+    for shot in saver.shots:
+        second = Memory(ft.every(steps=1), replace(shot, state=shot.state.copy()))
+        assert_same(fit(second, resume="auto", **options), whole)
+        for later in second.shots:
+            assert_same(fit(Memory(ft.every(steps=100), later), resume="auto", **options), whole)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
+from torch import Tensor
+
 from .. import tree
 from ..errors import DataError, explain
 from .epochs import Epochs, as_epochs
@@ -100,7 +103,7 @@ class _Grouped:
         size = self.size if isinstance(self.size, int) else _checked(self.size(epoch), f"the size for epoch {epoch}")
         waiting, self.over = self.over, []
         if "over" in place:
-            waiting = [_Kept(one["leaves"]) for one in place["over"]]
+            waiting = [one["batch"] if "batch" in one else _Kept(one["leaves"]) for one in place["over"]]
         elif place["batch"]:  # a place that somebody counted
             place = {"batch": place["batch"], "inner": {"batch": place["batch"] * size - len(waiting)}}
         windows = _Grouping(self, self.source(epoch, place.get("inner")), waiting, size)
@@ -133,6 +136,15 @@ class _Grouping(Iterator[Any]):
 
     def _last(self) -> Window:
         waiting, self.waiting = self.waiting, []
+        if len(waiting) >= self.size:  # of kept ones: a window is due, and nothing tells how they are built
+            raise DataError(
+                explain(
+                    "ft.data.window: batches that were carried into an epoch without batches of its own cannot be built again.",
+                    expected="batches of dicts, lists and tuples, or one more batch in this epoch",
+                    got=f"{len(waiting)} batches, carried over by an earlier process",
+                    cause="the size of the windows shrinks, and an epoch is shorter than what is carried into it",
+                )
+            )
         if waiting and self.owner.short == "step":
             return Window(tuple(waiting))
         if self.owner.short == "carry":
@@ -147,15 +159,31 @@ class _Grouping(Iterator[Any]):
 
 
 class _Kept:
-    """A batch that was read in another process: its leaves."""
+    """A batch that was read in another process, and is built of other things than dicts, lists and tuples: its leaves."""
 
     def __init__(self, leaves: list[Any]) -> None:
         self.leaves = leaves
 
 
 def _places(batches: list[Any]) -> list[dict[str, Any]]:
-    """Batches as a place can hold them: whatever they are built of, by their leaves."""
-    return [{"leaves": one.leaves if isinstance(one, _Kept) else tree.leaves(one)} for one in batches]
+    """Batches as a place can hold them: as they are, or by their leaves where they are built of the user's own classes."""
+    return [
+        {"leaves": one.leaves}
+        if isinstance(one, _Kept)
+        else {"batch": one}
+        if _plain(one)
+        else {"leaves": tree.leaves(one)}
+        for one in batches
+    ]
+
+
+def _plain(node: Any) -> bool:
+    """Whether a checkpoint can hold a batch as it is."""
+    if type(node) in (list, tuple):
+        return all(_plain(one) for one in node)
+    if type(node) is dict:
+        return all(type(key) is str and _plain(one) for key, one in node.items())
+    return type(node) in (Tensor, np.ndarray, type(None), bool, int, float, str, bytes)
 
 
 def _each(finish: Callable[[Any, int, int], Any], size: Size) -> Callable[[Any, int, int], Any]:
