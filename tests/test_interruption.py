@@ -397,3 +397,9 @@ def test_ctrl_c_after_another_signal_raises_at_once():
 
     with pytest.raises(KeyboardInterrupt):
         quick(hooks=[hook])
+
+
+def test_an_eager_donated_step_may_give_its_state_back_as_it_was():
+    step = ft.compile(lambda state, batch: (state, {}), rung="eager")
+    state, _ = step(ft.init(MODEL, TX), BATCHES[0])
+    assert state.counters().step == 0

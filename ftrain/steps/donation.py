@@ -39,8 +39,9 @@ def overwrite(state: TrainState, new: TrainState) -> TrainState:
     pairs = [(o, n) for o, n in zip(old_leaves, new_leaves, strict=True) if n is not o]
     values = [n.clone() if n.untyped_storage().data_ptr() in memory else n for _, n in pairs]
     own = consume(state)
-    with torch.no_grad():
-        torch._foreach_copy_([o for o, _ in pairs], values)  # mutates: donation, as in the compiled program
+    if pairs:  # a step may give its state back as it was
+        with torch.no_grad():
+            torch._foreach_copy_([o for o, _ in pairs], values)  # mutates: donation, as in the compiled program
     kept = object.__new__(TrainState)
     kept.__dict__.update({name: value for name, value in own.items() if not name.startswith("_")})
     kept.__dict__["_version"] = kept.step._version
