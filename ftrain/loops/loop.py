@@ -108,7 +108,9 @@ class _Run:
     done: int = 0  # epochs completed in this run
     feed: Feed | None = None
     next: dict[str, Any] = field(default_factory=dict)  # where the epoch after the one that is over begins
-    left: Mapping[str, Any] | Exception | None = None  # the place in an epoch that was left, where only an open loader can tell it
+    left: Mapping[str, Any] | Exception | None = (
+        None  # the place in an epoch that was left, where only an open loader can tell it
+    )
 
     @classmethod
     def of(cls, source: Epochs, now: Counters, clock: Clock) -> _Run:

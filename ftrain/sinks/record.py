@@ -110,7 +110,8 @@ class History(Sequence[Record]):
         """
         rows = [(r, r.named()) for r in self._records]
         columns: dict[str, list[Any]] = {
-            name: [getattr(r, name) for r, _ in rows] for name in ("step", "epoch", "samples", "seconds", "split", "waited")
+            name: [getattr(r, name) for r, _ in rows]
+            for name in ("step", "epoch", "samples", "seconds", "split", "waited")
         }
         for name in self.names():
             columns[name] = [named.get(name) for _, named in rows]
