@@ -11,7 +11,7 @@ Laws
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -27,6 +27,7 @@ __all__ = ["Window", "Windows", "ungrouped", "window"]
 
 Short = Literal["step", "drop", "carry"]
 Size = int | Callable[[int], int]
+Sizes = Size | Mapping[int, int]
 
 
 @tree.register("batches")
@@ -66,7 +67,14 @@ class Windows:
             )
         own = batch_size if self.batch_size is None else self.batch_size
         source = as_epochs(self.data, seed=seed, batch_size=own, shuffle=shuffle, what=what)
-        facts = {**source.facts, "window": self.size if isinstance(self.size, int) else "function", "short": self.short}
+        size = (
+            self.size
+            if isinstance(self.size, int)
+            else repr(self.size)
+            if isinstance(self.size, _Steps)
+            else "function"
+        )
+        facts = {**source.facts, "window": size, "short": self.short}
         grouped = _Grouped(source, self.size, self.short)
         return Epochs(
             grouped,
@@ -196,13 +204,27 @@ def _each(finish: Callable[[Any, int, int], Any], size: Size) -> Callable[[Any, 
     return windows
 
 
-def window(data: Any, size: Size, *, short: Short = "step", batch_size: int | None = None) -> Windows:
+class _Steps:
+    """A size that changes at epochs: `{0: 1, 5: 4}` is 1 before epoch 5, and 4 from there on."""
+
+    def __init__(self, sizes: Mapping[int, int]) -> None:
+        self.sizes = dict(sorted(sizes.items()))
+
+    def __call__(self, epoch: int) -> int:
+        return next(size for first, size in reversed(self.sizes.items()) if first <= epoch)
+
+    def __repr__(self) -> str:
+        return repr(self.sizes)
+
+
+def window(data: Any, size: Sizes, *, short: Short = "step", batch_size: int | None = None) -> Windows:
     """Group the batches of a loader, so that each step sees several and accumulates their gradients.
 
     Args:
         data: as for `ft.fit`: an `ft.data.source`, a list of batches, a DataLoader, a function `epoch -> iterable`, or arrays with
             `batch_size=`.
-        size: batches in a window, or a function `epoch -> size`, e.g. `lambda epoch: 1 if epoch < 5 else 4`.
+        size: batches in a window; or `{epoch: size}`, each from that epoch on, as `{0: 1, 5: 4}`; or a function `epoch -> size`. A
+            compiled step is compiled once for each size.
         short: what becomes of the batches that are left at the end of an epoch: `"step"` makes a short window of them, which
             counts for as much as it weighs; `"drop"` leaves them out; `"carry"` puts them at the front of the next epoch (what is
             left at the end of the run is not used).
@@ -229,6 +251,8 @@ def window(data: Any, size: Size, *, short: Short = "step", batch_size: int | No
                 fix='short="step"   # a short window at the end of an epoch counts for as much as it weighs',
             )
         )
+    if isinstance(size, Mapping):
+        size = _by_epoch(size)
     if not callable(size):
         _checked(size, "the size")
     else:
@@ -264,6 +288,24 @@ def _check_function(size: Callable[[int], int]) -> None:
         ) from None
     except ValueError:  # a callable without a signature, as some in C
         return
+
+
+def _by_epoch(sizes: Mapping[int, int]) -> _Steps:
+    for epoch, size in sizes.items():
+        _checked(size, f"the size from epoch {epoch!r} on")
+    whole = all(isinstance(epoch, int) and not isinstance(epoch, bool) and epoch >= 0 for epoch in sizes)
+    if not whole or 0 not in sizes:
+        raise DataError(
+            explain(
+                "ft.data.window: the sizes do not say what is used from the first epoch on."
+                if whole
+                else "ft.data.window: the sizes are not those of epochs.",
+                expected="{epoch: size}, from epoch 0 on",
+                got=repr(dict(sizes)),
+                fix="ft.data.window(data, {0: 1, 5: 4})",
+            )
+        )
+    return _Steps(sizes)
 
 
 def _checked(size: object, what: str) -> int:

@@ -20,6 +20,8 @@ from .clipping import clip_by_norm as clip_by_norm
 from .clipping import global_norm as global_norm
 from .torch_adapter import TorchState as TorchState
 from .torch_adapter import from_torch as from_torch
+from .freezing import FreezableState as FreezableState
+from .freezing import freezable as freezable
 from .guard import SkipState as SkipState
 from .guard import all_finite as all_finite
 from .guard import select as select

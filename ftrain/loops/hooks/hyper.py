@@ -10,7 +10,7 @@ from torch import Tensor
 from ...errors import HookError, explain
 from ...optim import Injected
 
-__all__ = ["check_injected", "injected", "replace_hyper"]
+__all__ = ["check_injected", "children", "injected", "rebuilt", "replace_hyper"]
 
 
 def injected(opt: Any) -> Iterator[Injected]:
@@ -24,7 +24,7 @@ def injected(opt: Any) -> Iterator[Injected]:
     """
     if isinstance(opt, Injected):
         yield opt
-    for _, child in _children(opt):
+    for _, child in children(opt):
         yield from injected(child)
 
 
@@ -37,17 +37,11 @@ def replace_hyper(opt: Any, name: str, fn: Callable[[Tensor], Tensor]) -> Any:
     >>> replace_hyper(opt, "lr", lambda lr: lr / 2).hyper
     {'lr': tensor(0.0500, dtype=torch.float64)}
     """
-    children = {key: replace_hyper(child, name, fn) for key, child in _children(opt)}
+    new = {key: replace_hyper(child, name, fn) for key, child in children(opt)}
     if isinstance(opt, Injected):
         hyper = {key: fn(value) if key == name else value for key, value in opt.hyper.items()}
-        return opt._replace(hyper=hyper, inner=children["inner"])
-    if not children:
-        return opt
-    if isinstance(opt, dict):
-        return type(opt)(children)
-    if isinstance(opt, tuple) and hasattr(opt, "_fields"):
-        return type(opt)(*children.values())
-    return type(opt)(children.values())
+        return opt._replace(hyper=hyper, inner=new["inner"])
+    return rebuilt(opt, list(new.values()))
 
 
 def check_injected(opt: Any, name: str, who: str) -> None:
@@ -92,10 +86,31 @@ def check_injected(opt: Any, name: str, who: str) -> None:
         )
 
 
-def _children(node: Any) -> list[tuple[Any, Any]]:
-    """The children of a node of a state that may hold others, by key or field."""
+def children(node: Any) -> list[tuple[Any, Any]]:
+    """The children of a node of a state that may hold others, by key or field.
+
+    >>> from ftrain.loops.hooks.hyper import children
+    >>> children({"a": 1}), children((2, 3)), children(4)
+    ([('a', 1)], [(0, 2), (1, 3)], [])
+    """
     if isinstance(node, dict):
         return list(node.items())
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         return [(field, getattr(node, field)) for field in node._fields]
     return list(enumerate(node)) if isinstance(node, (tuple, list)) else []
+
+
+def rebuilt(node: Any, new: list[Any]) -> Any:
+    """The node with other children, in the order of `children`.
+
+    >>> from ftrain.loops.hooks.hyper import rebuilt
+    >>> rebuilt({"a": 1}, [5])
+    {'a': 5}
+    """
+    if not new:
+        return node
+    if isinstance(node, dict):
+        return type(node)(zip(node, new, strict=True))
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return type(node)(*new)
+    return type(node)(new)
