@@ -16,15 +16,19 @@ __all__ = [
     "CompileWarning",
     "DataError",
     "DataWarning",
+    "DeterminismWarning",
     "DeviceError",
     "DonatedStateError",
     "FtrainError",
     "HookError",
+    "InspectError",
     "LimitError",
     "LossError",
     "MetricError",
     "ModelError",
+    "OutputError",
     "PrecisionError",
+    "ProfileWarning",
     "RecompileWarning",
     "RestoreError",
     "RestoreWarning",
@@ -95,8 +99,16 @@ class HookError(FtrainError, TypeError):
     """A hook returned something that is not a state of the same structure, or cannot work with this run."""
 
 
+class OutputError(FtrainError, RuntimeError):
+    """What was computed cannot be written where it is to go."""
+
+
 class CompileError(FtrainError, RuntimeError):
     """A step could not be compiled in the way that was asked for."""
+
+
+class InspectError(FtrainError, RuntimeError):
+    """A step or a model cannot be looked at without running it."""
 
 
 class CheckpointError(FtrainError, RuntimeError):
@@ -117,6 +129,14 @@ class CheckpointWarning(UserWarning):
 
 class RestoreWarning(UserWarning):
     """A restore that was allowed to be partial left something out."""
+
+
+class DeterminismWarning(UserWarning):
+    """Results may differ in their last bits all the same, since a setting came too late."""
+
+
+class ProfileWarning(UserWarning):
+    """What was to be profiled did not happen, or only in part."""
 
 
 class CompileWarning(UserWarning):
