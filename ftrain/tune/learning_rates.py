@@ -48,19 +48,21 @@ class LrCurve:
         rates: the learning rate of each step, float64 of shape (n,).
         losses: the loss of each step, before that step's update, float64 of shape (n,).
         smoothed: their exponential average with its bias corrected, `s_i = avg_i / (1 - beta^i)`; NaN where the loss is not finite.
+        smooth: beta of that average.
         mode: how the rates are spaced, `"exponential"` or `"linear"`.
         diverged: whether the run was stopped because the loss grew too large or was not finite.
 
     >>> import numpy as np, ftrain as ft
     >>> rates = np.array([1e-4, 1e-3, 1e-2, 1e-1, 1.0])
     >>> losses = np.array([2.0, 1.9, 1.0, 0.9, 5.0])
-    >>> ft.tune.LrCurve(rates, losses, losses, "exponential", True).suggestion(skip_start=0)
+    >>> ft.tune.LrCurve(rates, losses, losses, 0.0, "exponential", True).suggestion(skip_start=0)
     0.001
     """
 
     rates: Array
     losses: Array
     smoothed: Array
+    smooth: float
     mode: Mode
     diverged: bool
 
@@ -82,7 +84,10 @@ class LrCurve:
         return f"LrCurve({len(self)} steps, {self.mode} from {self.rates[0]:.3g} to {self.rates[-1]:.3g}{end}; {found})"
 
     def suggestion(self, *, skip_start: int = 10, skip_end: int = 1) -> float:
-        """The rate at which the smoothed loss falls fastest: the least `d smoothed / d log(rate)`.
+        """The rate at which the smoothed loss falls fastest: at the least `(1 - beta^i) d smoothed_i / d log(rate_i)`.
+
+        It is the steepest descent of fastai and Lightning, in units of its noise: the i-th average of a noisy loss moves by chance
+        in proportion to `(1 - beta) / (1 - beta^i)`, so that the steepest place of all would often be among the first few.
 
         Args:
             skip_start: steps at the beginning that are left out, where the average has few losses yet.
@@ -94,14 +99,14 @@ class LrCurve:
         >>> import numpy as np, ftrain as ft
         >>> rates = np.geomspace(1e-5, 1, 50)
         >>> losses = 1 / (1 + rates / 1e-2) + 10 * rates**2
-        >>> 1e-3 < ft.tune.LrCurve(rates, losses, losses, "exponential", False).suggestion() < 1e-1
+        >>> 1e-3 < ft.tune.LrCurve(rates, losses, losses, 0.0, "exponential", False).suggestion() < 1e-1
         True
         """
         integer(skip_start, "LrCurve.suggestion", "skip_start", least=0)
         integer(skip_end, "LrCurve.suggestion", "skip_end", least=0)
-        rates, losses = (one[skip_start : len(self) - skip_end] for one in (self.rates, self.smoothed))
-        good = np.isfinite(losses)
-        rates, losses = rates[good], losses[good]
+        weights = 1.0 - self.smooth ** np.arange(1, len(self) + 1)
+        columns = [one[skip_start : len(self) - skip_end] for one in (self.rates, self.smoothed, weights)]
+        rates, losses, weights = (one[np.isfinite(columns[1])] for one in columns)
         if len(rates) < 3:
             raise ArgumentError(
                 explain(
@@ -112,7 +117,7 @@ class LrCurve:
                     fix="ft.lr_find(..., steps=300)   # or a smaller max_lr, or suggestion(skip_start=0)",
                 )
             )
-        slopes = np.gradient(losses, np.log(rates))
+        slopes = np.gradient(losses, np.log(rates)) * weights
         steepest = int(slopes.argmin())
         if not slopes[steepest] < 0:
             raise ArgumentError(
@@ -144,7 +149,7 @@ class LrCurve:
 
         >>> import numpy as np, ftrain as ft
         >>> rates = np.geomspace(1e-5, 1, 50)
-        >>> curve = ft.tune.LrCurve(rates, 1 / rates, 1 / rates, "exponential", False)
+        >>> curve = ft.tune.LrCurve(rates, 1 / rates, 1 / rates, 0.0, "exponential", False)
         >>> curve.plot("plots/lr.png").axes[0].get_xscale()
         'log'
         """
@@ -234,7 +239,7 @@ def lr_find(
         MetricError: the step gives no `"loss"`.
 
     Source: L. N. Smith, "Cyclical Learning Rates for Training Neural Networks", 2017 (arXiv 1506.01186), section 3.3; the smoothing,
-    the end at four times the least loss, and the steepest descent are as in fastai.
+    the end at four times the least loss, and the steepest descent as the suggestion are fastai's.
 
     >>> import torch, ftrain as ft
     >>> x = torch.linspace(-1, 1, 64).unsqueeze(1)
@@ -242,7 +247,7 @@ def lr_find(
     >>> step = ft.train_step(model, lambda model, batch: (model(batch["x"]) - batch["y"]).square().mean(), tx)
     >>> state, quiet = ft.init(model, tx), {"progress": False, "compile": False}
     >>> curve = ft.lr_find(state, step, {"x": x, "y": 3 * x}, batch_size=16, max_lr=10.0, **quiet)
-    >>> 1e-4 < curve.suggestion() < 1.0
+    >>> 1e-2 < curve.suggestion() < 3.0
     True
     >>> state = state.replace(
     ...     opt=state.opt._replace(hyper={"lr": torch.tensor(curve.suggestion(), dtype=torch.float64)})
@@ -267,7 +272,9 @@ def lr_find(
     finally:
         if show is not None:
             show.close(status)
-    return LrCurve(rates[: len(found.losses)], np.array(found.losses), np.array(found.smoothed), mode, found.diverged)
+    return LrCurve(
+        rates[: len(found.losses)], np.array(found.losses), np.array(found.smoothed), smooth, mode, found.diverged
+    )
 
 
 def _drive(
