@@ -19,6 +19,7 @@ from .checkpoint import save as save
 from .inspect import check as check
 from .inspect import debug as debug
 from .inspect import deterministic as deterministic
+from .inspect import replay as replay
 from .inspect import diff as diff
 from .loops import Evaluator as Evaluator
 from .loops import Event as Event

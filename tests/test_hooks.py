@@ -262,7 +262,7 @@ def test_two_of_them_with_names_of_their_own() -> None:
 
 def test_events_that_are_not_its_own_cost_no_new_state() -> None:
     hook, state = ft.hooks.plateau("val/loss"), subject()
-    hooks = ft.loops.events.Hooks([hook])
+    hooks = ft.loops.calling.Hooks([hook])
     state = hooks.init(state)
     assert hooks(state, evaluated({"loss": 1.0}, "step")).state is state
     assert hooks(state, evaluated({"val/loss": 1.0})).state is not state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -10,43 +9,12 @@ import torch
 from torch.utils.data import DataLoader
 
 import ftrain as ft
-from ftrain.loops import Clock
 
 from .corpus import MODELS, setup
 
 
 def fit(*args: Any, **kwargs: Any) -> ft.Result:
     return ft.fit(*args, **{"progress": False, "compile": False, **kwargs})
-
-
-# -- units --------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("cadence", "fires_at"),
-    [
-        (ft.every(steps=3), [3, 6, 9]),
-        (ft.at(4), [4]),
-        (ft.every(steps=4) | ft.at(1), [1, 4, 8]),
-        (ft.every(steps=2) & ft.every(steps=3), [6]),
-        (ft.every(samples=25), [3, 5, 8, 10]),
-        (ft.every(epochs=1), [5, 10]),
-        (ft.until(steps=8), [8, 9, 10]),
-        (ft.every(seconds=2), [4, 8]),
-    ],
-    ids=repr,
-)
-def test_when_a_cadence_fires(cadence: ft.loops.Cadence, fires_at: list[int]) -> None:
-    clocks = [Clock(i, i // 5, i * 10, i * 0.5) for i in range(11)]
-    assert [n.steps for b, n in itertools.pairwise(clocks) if cadence.fires(b, n)] == fires_at
-    for before, now in itertools.pairwise(clocks):  # the shortcut never skips a moment, but for ends of epochs
-        if cadence.fires(before, now) and now.epochs == before.epochs:
-            assert cadence.next_step(before) <= now.steps
-
-
-def test_at_zero_is_before_the_first_step() -> None:
-    assert ft.at(0).fires(None, Clock())
-    assert not ft.every(steps=1).fires(None, Clock())
 
 
 # -- loop -----------------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from ..sinks import Record
 
 __all__ = ["Journal"]
 
-_FIELDS = ("step", "epoch", "samples", "seconds", "split", "waited")
+_FIELDS = ("step", "epoch", "samples", "seconds", "split", "waited", "tokens", "spent")
 
 
 class Journal:

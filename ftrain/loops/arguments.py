@@ -9,11 +9,12 @@ from .. import tree
 from ..data import Epochs
 from ..data.window import ungrouped
 from ..errors import DataError, LimitError, explain
-from .evaluate import Compile, Evaluator, prepare
+from ..state import TrainState
+from .evaluate import Compile, Evaluator, Prepared, check_count, prepare, with_params
 from .events import Hook
 from .units import Cadence
 
-__all__ = ["check_arguments", "check_evaluators"]
+__all__ = ["check_arguments", "check_averages", "check_evaluators"]
 
 
 def check_arguments(
@@ -26,6 +27,7 @@ def check_arguments(
     checkpoint: object = None,
     resume: object = None,
     snapshot: object = None,
+    tokens: object = None,
 ) -> None:
     """Raise where an argument of `fit` is another kind of thing than it must be."""
 
@@ -36,7 +38,7 @@ def check_arguments(
 
     if evals is not None and not isinstance(evals, Mapping):
         refuse("evals", evals, "a dict of evaluators by name", 'evals={"val": ft.Evaluator(step, data)}')
-    if not isinstance(hooks, Sequence) or isinstance(hooks, Hook):
+    if not isinstance(hooks, Sequence) or isinstance(hooks, Hook):  # which is a tuple
         refuse("hooks", hooks, "a list of hooks", "hooks=[hook]")
     if not isinstance(sinks, Sequence) or not all(callable(sink) for sink in sinks):
         refuse("sinks", sinks, "a list of functions of a record", "sinks=[print]")
@@ -48,6 +50,8 @@ def check_arguments(
         refuse("checkpoint", checkpoint, "where and when to save", 'checkpoint=ft.Checkpoints("run/ckpt")')
     if snapshot is not None and not isinstance(snapshot, Cadence):
         refuse("snapshot", snapshot, "ft.every(...)", "snapshot=ft.every(steps=100)")
+    if tokens is not None and not callable(tokens):
+        refuse("tokens", tokens, "a function batch -> int", 'tokens=lambda batch: batch["tokens"].numel()')
     if resume is not None and checkpoint is None:
         refuse(
             "resume", resume, "None, as there is no checkpoint=", 'checkpoint=ft.Checkpoints("run/ckpt"), resume="auto"'
@@ -55,10 +59,16 @@ def check_arguments(
 
 
 def check_evaluators(
-    evals: Mapping[str, Evaluator], seed: int, compile: Compile, backend: str | Callable[..., Any]
-) -> dict[str, tuple[Any, Epochs, Cadence]]:
-    """The evaluators, ready to run: step, data and cadence by name; raises where one cannot."""
-    found: dict[str, tuple[Any, Epochs, Cadence]] = {}
+    evals: Mapping[str, Evaluator],
+    seed: int,
+    compile: Compile,
+    backend: str | Callable[..., Any],
+    *,
+    length: int | None = None,
+    tokens: bool = False,
+) -> dict[str, Prepared]:
+    """The evaluators, ready to run, by name; raises where one cannot."""
+    found: dict[str, Prepared] = {}
     for name, one in evals.items():
         if not isinstance(one, Evaluator):
             raise DataError(
@@ -79,8 +89,11 @@ def check_evaluators(
                     f"ft.fit: evals[{name!r}].every is no cadence.", expected="ft.every(epochs=1)", got=repr(one.every)
                 )
             )
-        source = ungrouped(one.data, seed=seed, batch_size=one.batch_size, what=f"the evaluator {name!r}")
-        source.check(f"the evaluator {name!r}")
+        what = f"the evaluator {name!r}"
+        check_count(what, "limit", one.limit)
+        check_count(what, "sanity", one.sanity, 0)
+        source = ungrouped(one.data, seed=seed, batch_size=one.batch_size, what=what)
+        source.check(what)
         if source.once:
             raise DataError(
                 explain(
@@ -88,9 +101,13 @@ def check_evaluators(
                     expected="a list, a DataLoader, or a function epoch -> iterable",
                 )
             )
-        found[name] = (
-            prepare(one.step, compile, donate=False, backend=backend, what=f"the evaluator {name!r}"),
-            source,
-            one.every,
-        )
+        step = prepare(one.step, compile, donate=False, backend=backend, what=what)
+        cadence = one.every.bound(length, tokens, what)
+        found[name] = Prepared(step, source, cadence, one.params, one.limit, one.sanity)
     return found
+
+
+def check_averages(evaluators: Mapping[str, Prepared], state: TrainState) -> None:
+    """Raise where an evaluator wants averaged parameters that the state does not have."""
+    for name, one in evaluators.items():
+        with_params(state, one.step, one.params, f"the evaluator {name!r}")

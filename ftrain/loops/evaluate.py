@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -20,13 +20,14 @@ from ..data.window import ungrouped
 from ..errors import DataError, LimitError, MetricError, StateError, explain
 from ..metrics import normalise
 from ..state import TrainState, check_state
+from ..steps.average import averaged
 from ..steps.compile import CompiledStep
 from ..steps.compile import compile as compile_step
 from .meter import Meter
 from .signals import Signals
 from .units import Cadence, every
 
-__all__ = ["Evaluator", "evaluate", "predict", "prepare"]
+__all__ = ["Evaluator", "Prepared", "check_count", "evaluate", "predict", "prepare", "with_params"]
 
 Compile = bool | Literal["auto"] | str
 
@@ -91,6 +92,10 @@ class Evaluator:
         data: as for `fit`; iterated once for each evaluation, in its own order.
         every: when; default: after each epoch. `ft.every(steps=500) | ft.at(0)` also evaluates before the first step.
         batch_size: for arrays: samples in a batch.
+        params: the name of averaged parameters to evaluate (`"ema"`, see `ft.with_ema`); default: those that the step takes.
+        limit: how many batches at most; default: all.
+        sanity: so many batches are evaluated before the first step of a run, their results are dropped: what is wrong with the
+            evaluation is then known before the first epoch is spent.
 
     >>> import torch, ftrain as ft
     >>> model = torch.nn.Linear(2, 1)
@@ -103,6 +108,20 @@ class Evaluator:
     data: Any
     every: Cadence = field(default_factory=lambda: every(epochs=1))
     batch_size: int | None = None
+    params: str | None = None
+    limit: int | None = None
+    sanity: int = 0
+
+
+class Prepared(NamedTuple):
+    """An evaluator that is ready to run: a compiled step, data of a known kind, and what else it was told."""
+
+    step: CompiledStep
+    source: Epochs
+    every: Cadence
+    params: str | None = None
+    limit: int | None = None
+    sanity: int = 0
 
 
 def evaluate(
@@ -111,6 +130,8 @@ def evaluate(
     data: Any,
     *,
     batch_size: int | None = None,
+    params: str | None = None,
+    limit: int | None = None,
     compile: Compile = "auto",
     backend: str | Callable[..., Any] = "inductor",
 ) -> dict[str, Any]:
@@ -121,6 +142,8 @@ def evaluate(
         eval_step: `(state, batch) -> metrics`, e.g. `ft.eval_step(model, metric_fn)`.
         data: an iterable of batches, a DataLoader, a function `epoch -> iterable`, or arrays with `batch_size=`.
         batch_size: for arrays: samples in a batch.
+        params: the name of averaged parameters to use (`"ema"`); default: those that the step takes.
+        limit: how many batches at most; default: all.
         compile: as in `fit`.
         backend: a backend of `torch.compile`.
 
@@ -129,6 +152,8 @@ def evaluate(
 
     Raises:
         DataError: the data has no batches.
+        StateError: the state has no such average.
+        LimitError: a limit that is no positive integer.
 
     >>> import torch, ftrain as ft
     >>> model = torch.nn.Linear(2, 1)
@@ -137,10 +162,13 @@ def evaluate(
     {'size': 1.0}
     """
     check_state(state, "ft.evaluate")
+    check_count("ft.evaluate", "limit", limit)
+    state = with_params(state, eval_step, params, "ft.evaluate")
     source = ungrouped(data, seed=state.counters().seed, batch_size=batch_size, what="ft.evaluate")
     source.check("ft.evaluate")
     try:
-        return run(state, prepare(eval_step, compile, donate=False, backend=backend, what="ft.evaluate"), source)
+        step = prepare(eval_step, compile, donate=False, backend=backend, what="ft.evaluate")
+        return run(state, step, source, limit=limit)
     finally:
         source.close()
 
@@ -150,14 +178,19 @@ class Stopped(Exception):
 
 
 def run(
-    state: TrainState, step: CompiledStep, source: Epochs, name: str = "ft.evaluate", signals: Signals | None = None
+    state: TrainState,
+    step: CompiledStep,
+    source: Epochs,
+    name: str = "ft.evaluate",
+    signals: Signals | None = None,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """Evaluate over one pass of prepared data; raises `Stopped` where a signal comes in between."""
     meter = Meter()
     counters = state.counters()
     # Whatever a metric draws from numpy or random is a function of the state too, and disturbs nobody else's stream.
     with rng.Isolated(rng.fold_in_host(counters.seed, counters.step, 0xE7A1)):
-        for out in _outputs(state, step, source, name):
+        for out in _outputs(state, step, source, name, limit):
             if signals is not None and signals.reason is not None:
                 raise Stopped
             if isinstance(out, tuple):
@@ -177,6 +210,8 @@ def predict(
     data: Any,
     *,
     batch_size: int | None = None,
+    params: str | None = None,
+    limit: int | None = None,
     compile: Compile = "auto",
     backend: str | Callable[..., Any] = "inductor",
 ) -> Iterator[Any]:
@@ -187,6 +222,8 @@ def predict(
         predict_step: `(state, batch) -> outputs`, e.g. `ft.predict_step(model)`.
         data: an iterable of batches, a DataLoader, a function `epoch -> iterable`, or arrays with `batch_size=`.
         batch_size: for arrays: samples in a batch.
+        params: the name of averaged parameters to use (`"ema"`); default: those that the step takes.
+        limit: how many batches at most; default: all.
         compile: as in `fit`.
         backend: a backend of `torch.compile`.
 
@@ -195,6 +232,8 @@ def predict(
 
     Raises:
         DataError: the data has no batches.
+        StateError: the state has no such average.
+        LimitError: a limit that is no positive integer.
 
     >>> import torch, ftrain as ft
     >>> model = torch.nn.Linear(2, 1)
@@ -204,20 +243,24 @@ def predict(
     torch.Size([5, 1])
     """
     check_state(state, "ft.predict")
+    check_count("ft.predict", "limit", limit)
+    state = with_params(state, predict_step, params, "ft.predict")
     source = ungrouped(data, seed=state.counters().seed, batch_size=batch_size, what="ft.predict")
     source.check("ft.predict")
     step = prepare(predict_step, compile, donate=False, backend=backend, what="ft.predict")
 
     def outputs() -> Iterator[Any]:
         try:
-            yield from _outputs(state, step, source, "ft.predict")
+            yield from _outputs(state, step, source, "ft.predict", limit)
         finally:
             source.close()
 
     return outputs()
 
 
-def _outputs(state: TrainState, step: CompiledStep, source: Epochs, name: str) -> Iterator[Any]:
+def _outputs(
+    state: TrainState, step: CompiledStep, source: Epochs, name: str, limit: int | None = None
+) -> Iterator[Any]:
     counters = state.counters()
     count = 0
     feed = Feed(source(0), state.device, source.finish, 0)
@@ -227,7 +270,44 @@ def _outputs(state: TrainState, step: CompiledStep, source: Epochs, name: str) -
             own = state.replace(seed=torch.tensor(seed, dtype=torch.int64, device=state.device))
             own.__dict__["_host"] = counters._replace(seed=seed)
             yield step(own, batch)
+            if count == limit:
+                break
     finally:
         feed.close()
     if count == 0:
         raise DataError(explain(f"{name}: the data has no batches.", expected="at least one batch"))
+
+
+def with_params(state: TrainState, step: Any, name: str | None, what: str) -> TrainState:
+    """The state as an evaluation sees it: with averaged parameters and buffers in the place of its own.
+
+    Raises:
+        StateError: the state has no such average, or the step takes one already.
+    """
+    if name is None:
+        return state
+    inner = step.step if isinstance(step, CompiledStep) else step
+    own = getattr(inner, "params", None)
+    if isinstance(own, str):
+        raise StateError(
+            explain(
+                f"{what}: params={name!r}, and the step takes {own!r} already.",
+                expected="one of the two",
+                fix="ft.eval_step(model, metric_fn)   # without params=",
+            )
+        )
+    params, buffers = averaged(state, name, what)
+    return state.replace(params=params, buffers={**state.buffers, **buffers})
+
+
+def check_count(what: str, name: str, n: object, least: int = 1) -> None:
+    """Raise unless this is None or a count."""
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < least):
+        raise LimitError(
+            explain(
+                f"{what}: {name}={n!r} makes no sense.",
+                expected=f"an integer >= {least}, in batches",
+                got=repr(n),
+                fix=f"{name}={max(least, 1)}",
+            )
+        )

@@ -4,23 +4,46 @@ A hook is `(state, event) -> state`, or returns `Outcome(state, metrics, stop)`.
 `init(state)` gives its first memory, a tree of tensors that lives in `state.extra[name]`; `update(state, memory, event)` gives
 what a plain hook gives and the new memory, as a pair.
 
-Hooks are called on the host, in the order of their list, at every event, or only when `on(...)` says so.
+Hooks are called on the host, in the order of their list. `on`, `when`, `once` and `compose` make one of others and say when it
+is called; they nest.
+
+Laws
+----
+- A run goes on from the state that a hook returned, also from an earlier one (a smaller `state.step`): then the step that was
+  made did not happen, and the batches that come next are taken.
+- At `"saved"` and `"exception"` nothing can be changed any more: a hook only looks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .. import tree
-from ..errors import HookError, MetricError, explain
+import torch
+
+from ..errors import HookError, explain
 from ..state import TrainState
 from .units import Cadence, Clock
 
-__all__ = ["Event", "Hook", "Hooks", "Outcome", "on"]
+__all__ = [
+    "CHANGES",
+    "KINDS",
+    "Event",
+    "Hook",
+    "Many",
+    "On",
+    "Outcome",
+    "When",
+    "compose",
+    "name_of",
+    "on",
+    "once",
+    "when",
+]
 
-KINDS = ("start", "step", "evaluation", "epoch", "end")
+CHANGES = ("start", "step", "evaluation", "epoch", "end")
+KINDS = (*CHANGES, "saved", "exception")
 
 
 @dataclass(frozen=True)
@@ -28,14 +51,18 @@ class Event:
     """Something that happened in a run.
 
     Attributes:
-        kind: `"start"`, `"step"`, `"evaluation"`, `"epoch"` or `"end"`.
+        kind: `"start"`: before the first step. `"step"`: after each. `"evaluation"`: after evaluators ran. `"epoch"`: an epoch is
+            complete. `"saved"`: a checkpoint was handed to the disk. `"end"`: the run is over. `"exception"`: it failed.
         step: steps taken, as counted by the state.
         epoch: epochs completed.
         samples: samples seen.
+        tokens: tokens seen since the run began, where `fit(tokens=...)` counts them.
         clock: how far the run is, counted from its start.
         metrics: the step's metrics on the device (`"step"`), the results by full name as floats (`"evaluation"`), or the newest
             recorded value of each metric by full name (`"end"`).
         reason: why the run ends (`"end"`).
+        path: the folder of checkpoints (`"saved"`); it may still be written to.
+        error: what was raised (`"exception"`).
 
     >>> import ftrain as ft
     >>> ft.Event("step", 3, 0, 48).kind
@@ -49,10 +76,16 @@ class Event:
     clock: Clock = field(default_factory=Clock)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     reason: str | None = None
+    tokens: int = 0
+    path: str | None = None
+    error: BaseException | None = None
 
 
 class Outcome(NamedTuple):
     """What a hook may return instead of a state: the state, metrics to record, and a reason to stop.
+
+    Metrics are numbers, 0-d tensors (they stay on the device until the next record; the last value counts) or metrics of
+    `ftrain.metrics` (they are merged until then).
 
     >>> import ftrain as ft
     >>> ft.Outcome(state=None, stop="enough").stop
@@ -80,17 +113,35 @@ class Hook(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _On:
+class On:
+    """A hook, and the kinds and cadences at which it is called. Made by `on`."""
+
     when: tuple[str | Cadence, ...]
     hook: Any
 
 
+@dataclass(frozen=True)
+class When:
+    """A hook, and a function of the event that says whether it is called. Made by `when`."""
+
+    predicate: Callable[[Event], bool]
+    hook: Any
+
+
+@dataclass(frozen=True)
+class Many:
+    """Several hooks as one. Made by `compose`."""
+
+    hooks: tuple[Any, ...]
+
+
 def on(when: str | Cadence | tuple[str | Cadence, ...], hook: Any) -> Any:
-    """Call a hook only at events of one kind, or only at steps when a cadence fires.
+    """Call a hook only at events of one kind, or only when a cadence fires; other steps cost nothing.
 
     Args:
-        when: a kind of event, or e.g. `ft.every(steps=100)`, or a tuple of such: at any of them.
-        hook: a function `(state, event) -> state`, or a `Hook`.
+        when: a kind of event, or e.g. `ft.every(steps=100)`, or a tuple of such: at any of them. Cadences are asked before the
+            first step, after each step and at the end of each epoch.
+        hook: a function `(state, event) -> state`, a `Hook`, or what `on`, `when`, `once`, `compose` gave.
 
     Raises:
         HookError: an unknown kind.
@@ -106,137 +157,124 @@ def on(when: str | Cadence | tuple[str | Cadence, ...], hook: Any) -> Any:
             raise HookError(
                 explain("ft.on wants a kind of event or a cadence.", expected=", ".join(KINDS), got=repr(one))
             )
-    return _On(several, hook)
+    return On(several, check_hook(hook, "ft.on"))
 
 
-class Hooks:
-    """The hooks of a run, called in order."""
+def when(predicate: Callable[[Event], bool], hook: Any) -> Any:
+    """Call a hook only at events for which a function of the event says so.
 
-    def __init__(self, hooks: Sequence[Any]) -> None:
-        self._hooks: list[tuple[str, tuple[str | Cadence, ...] | None, Any]] = []
-        names: set[str] = set()
-        for position, hook in enumerate(hooks):
-            when, inner = (hook.when, hook.hook) if isinstance(hook, _On) else (None, hook)
-            if not (isinstance(inner, Hook) or callable(inner)):
-                raise HookError(
-                    explain(
-                        "hooks= holds something that is no hook.",
-                        where=f"hooks[{position}]",
-                        expected="a function (state, event) -> state, or ft.Hook(name, init, update)",
-                        got=type(inner).__name__,
-                    )
-                )
-            name = inner.name if isinstance(inner, Hook) else getattr(inner, "__name__", repr(inner))
-            if isinstance(inner, Hook) and name in names:
-                raise HookError(
-                    explain(f"two hooks with memory have the name {name!r}.", fix="give each a name of its own")
-                )
-            names.add(name)
-            self._hooks.append((name, when, inner))
-        self.before = Clock()
+    Args:
+        predicate: `event -> bool`; called at every event that the hook would hear otherwise.
+        hook: as for `on`.
 
-    def __bool__(self) -> bool:
-        return bool(self._hooks)
+    Raises:
+        HookError: the predicate is no function, or gave no bool (when called).
 
-    def listens(self, kind: str, now: Clock) -> bool:
-        """Whether any hook wants this event; cheap, asked before an event is made."""
-        return any(self._wants(when, kind, now) for _, when, _ in self._hooks)
-
-    def check_names(self, taken: set[str]) -> None:
-        """Raise where a hook would keep its memory under a name that the step uses."""
-        for name, _, hook in self._hooks:
-            if isinstance(hook, Hook) and name in taken:
-                raise HookError(
-                    explain(
-                        f"the step keeps something under the name {name!r}, and so does a hook.",
-                        where=f"state.extra[{name!r}]",
-                        expected="a name of its own for each wrapper and each hook with memory",
-                        fix=f'ft.Hook("{name}_hook", init, update)   # or name= of a ready-made hook',
-                    )
-                )
-
-    def init(self, state: TrainState) -> TrainState:
-        """The state with the memory of those hooks that have none in it yet."""
-        extra = dict(state.extra)
-        for name, _, hook in self._hooks:
-            if isinstance(hook, Hook) and name not in extra:
-                extra[name] = hook.init(state)
-        return state if extra.keys() == state.extra.keys() else state.replace(extra=extra)
-
-    def __call__(self, state: TrainState, event: Event) -> Outcome:
-        """Run the hooks that want this event; gives the last state, all their metrics, and the first reason to stop."""
-        metrics: dict[str, Any] = {}
-        stop: str | None = None
-        for name, when, hook in self._hooks:
-            if not self._wants(when, event.kind, event.clock):
-                continue
-            if isinstance(hook, Hook):
-                state, found, why = self._with_memory(name, hook, state, event)
-            else:
-                state, found, why = _read(name, hook(state, event), state, event)
-            for key, value in (found or {}).items():
-                if not isinstance(value, (int, float)):
-                    raise MetricError(
-                        explain(
-                            f"the hook {name!r} returned a metric that is not a number.",
-                            where=key,
-                            got=tree.describe(value),
-                        )
-                    )
-                metrics[key] = float(value)
-            stop = stop or why
-        return Outcome(state, metrics, stop)
-
-    def passed(self, now: Clock) -> None:
-        """This moment is over: cadences are asked next about what comes after it."""
-        self.before = now
-
-    def _wants(self, when: tuple[str | Cadence, ...] | None, kind: str, now: Clock) -> bool:
-        return when is None or any(self._fires(one, kind, now) for one in when)
-
-    def _fires(self, when: str | Cadence, kind: str, now: Clock) -> bool:
-        if isinstance(when, Cadence):
-            return kind in ("start", "step") and when.fires(None if kind == "start" else self.before, now)
-        return when == kind
-
-    def _with_memory(self, name: str, hook: Hook, state: TrainState, event: Event) -> Outcome:
-        memory = state.extra[name]
-        out = hook.update(state, memory, event)
-        if not (isinstance(out, tuple) and not isinstance(out, Outcome) and len(out) == 2):
-            raise HookError(
-                explain(
-                    f"the hook {name!r} did not return (state, memory) at a {event.kind!r} event.",
-                    got=type(out).__name__,
-                    fix="return state, memory",
-                )
-            )
-        found = _read(name, out[0], state, event)
-        if out[1] is memory and found.state is state:
-            return found  # nothing happened, as at most steps
-        tree.check_same(
-            memory, out[1], root=f"state.extra[{name!r}]", what=f"the hook {name!r} changed the form of its memory."
-        )
-        return found._replace(state=found.state.replace(extra={**found.state.extra, name: out[1]}))
-
-
-def _read(name: str, out: Any, state: TrainState, event: Event) -> Outcome:
-    outcome = out if isinstance(out, Outcome) else Outcome(out)
-    if not isinstance(outcome.state, TrainState):
+    >>> import ftrain as ft
+    >>> hook = ft.on("step", ft.when(lambda event: event.step in (10, 100, 1000), lambda state, event: state))
+    """
+    if not callable(predicate) or isinstance(predicate, (Cadence, Hook)):
         raise HookError(
             explain(
-                f"the hook {name!r} returned no state at a {event.kind!r} event.",
-                expected="a TrainState, or ft.Outcome(state, metrics, stop)",
-                got=type(outcome.state).__name__,
-                cause="forgot to return state?",
-                fix="return state",
+                "ft.when wants a function of the event.",
+                expected="event -> bool",
+                got=repr(predicate),
+                fix="ft.on(ft.every(steps=10), hook)   # for cadences and kinds of events",
             )
         )
-    if outcome.state is not state:
-        tree.check_same(
-            state,
-            outcome.state,
-            root="state",
-            what=f"the hook {name!r} returned a state that is not like the one it was given, at a {event.kind!r} event.",
-            fix="return state.replace(params=...)",
+    return When(predicate, check_hook(hook, "ft.when"))
+
+
+def once(at: str | Cadence | tuple[str | Cadence, ...], hook: Any, *, name: str | None = None) -> Any:
+    """Call a hook at the first event of a kind, or when a cadence fires for the first time, and then never again.
+
+    That it was called is remembered in the state, so also a run that is resumed calls it once.
+
+    Args:
+        at: as for `on`.
+        hook: a function `(state, event) -> state`, or a `Hook`.
+        name: of the memory in `state.extra`; default: `once_` and the name of the function.
+
+    Raises:
+        HookError: an unknown kind, or several hooks.
+
+    >>> import ftrain as ft
+    >>> hook = ft.once(ft.until(epochs=3), lambda state, event: state, name="warm")
+    """
+    check_hook(hook, "ft.once")
+    if isinstance(hook, (On, When, Many)):
+        raise HookError(
+            explain(
+                "ft.once wants a single hook.",
+                expected="a function (state, event) -> state, or ft.Hook(name, init, update)",
+                got=type(hook).__name__,
+                fix="ft.once(when, hook)   # with the condition in the first place",
+            )
         )
-    return outcome
+    inner = hook if isinstance(hook, Hook) else Hook(name_of(hook), _nothing, _plain(hook))
+
+    def init(state: TrainState) -> dict[str, Any]:
+        return {"done": torch.zeros((), dtype=torch.bool), "inner": inner.init(state)}
+
+    def update(state: TrainState, memory: dict[str, Any], event: Event) -> Any:
+        if memory["done"]:  # sync: none, this bool lies on the CPU
+            return state, memory
+        out = inner.update(state, memory["inner"], event)
+        if not (isinstance(out, tuple) and not isinstance(out, Outcome) and len(out) == 2):
+            return out  # refused by the caller
+        return out[0], {"done": torch.ones_like(memory["done"]), "inner": out[1]}
+
+    return on(at, Hook(name or "once_" + name_of(inner).strip("<>"), init, update))
+
+
+def compose(*hooks: Any) -> Any:
+    """Several hooks as one, called in this order.
+
+    Raises:
+        HookError: none, or something that is no hook.
+
+    >>> import ftrain as ft
+    >>> both = ft.compose(lambda state, event: state, ft.on("epoch", lambda state, event: state))
+    >>> rare = ft.on(ft.every(steps=100), both)
+    """
+    if not hooks:
+        raise HookError(explain("ft.compose wants at least one hook.", fix="ft.compose(first, second)"))
+    for hook in hooks:
+        check_hook(hook, "ft.compose")
+    return Many(hooks)
+
+
+def check_hook(hook: Any, what: str, where: str | None = None) -> Any:
+    """Raise unless this is a hook."""
+    if isinstance(hook, (Hook, On, When, Many)) or (callable(hook) and not isinstance(hook, type)):
+        return hook
+    raise HookError(
+        explain(
+            f"{what} holds something that is no hook." if where else f"{what}: this is no hook.",
+            where=where,
+            expected="a function (state, event) -> state, or ft.Hook(name, init, update)",
+            got=f"the class {hook.__name__}" if isinstance(hook, type) else type(hook).__name__,
+        )
+    )
+
+
+def name_of(hook: Any) -> str:
+    """How messages call a hook.
+
+    >>> import ftrain as ft
+    >>> from ftrain.loops.events import name_of
+    >>> name_of(ft.Hook("counter", dict, print))
+    'counter'
+    """
+    return hook.name if isinstance(hook, Hook) else getattr(hook, "__name__", type(hook).__name__)
+
+
+def _nothing(state: TrainState) -> dict[str, Any]:
+    return {}
+
+
+def _plain(hook: Callable[[TrainState, Event], Any]) -> Callable[[TrainState, Any, Event], Any]:
+    def update(state: TrainState, memory: Any, event: Event) -> Any:
+        return hook(state, event), memory
+
+    return update

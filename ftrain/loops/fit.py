@@ -13,9 +13,9 @@ from ..state import TrainState, check_state
 from ..steps.kinds import optimizers
 from ..steps.train import Stepped
 from ..types import Checkpointer
-from .arguments import check_arguments, check_evaluators
+from .arguments import check_arguments, check_averages, check_evaluators
+from .calling import Hooks
 from .evaluate import Compile, Evaluator, prepare
-from .events import Hooks
 from .limits import Limits
 from .loop import ready
 from .session import Session
@@ -60,12 +60,14 @@ def fit(
     epochs: int | None = None,
     steps: int | None = None,
     until: Cadence | None = None,
+    at_least: Cadence | None = None,
     batch_size: int | None = None,
     shuffle: bool = True,
     evals: Mapping[str, Evaluator] | None = None,
     hooks: Sequence[Any] = (),
     sinks: Sequence[Callable[[Record], None]] = (),
     log: Cadence | None = None,
+    tokens: Callable[[Any], int] | None = None,
     progress: bool | Progress = True,
     compile: Compile = "auto",
     backend: str | Callable[..., Any] = "inductor",
@@ -77,7 +79,7 @@ def fit(
 ) -> Result:
     """Train: apply `step` to batch after batch, evaluate, record, and give back the last state with its history.
 
-    At each step, in this order: step, hooks, evaluation, hooks, record, checkpoint, sinks. Nothing is read from the device between
+    At each step, in this order: step, hooks, evaluation, hooks, record, checkpoint, hooks, sinks. Nothing is read from the device between
     two log points, and no file is written without `checkpoint=`. The same state, step and data give the same result, whatever ran
     before, and in however many pieces it is run.
 
@@ -91,6 +93,7 @@ def fit(
             from where the run began.
         steps: how many steps to run.
         until: stop when this fires, e.g. `ft.until(seconds=3600)`.
+        at_least: what a hook says about stopping is not heeded before this fires, e.g. `ft.until(epochs=2)`.
         batch_size: for arrays: samples in a batch.
         shuffle: for arrays: a new order in each epoch, a function of the state's seed and the epoch.
         evals: evaluators by name; their results are recorded under `name/metric`.
@@ -98,6 +101,8 @@ def fit(
         sinks: functions of a `Record`, called at each record; one with a `close(status)` is closed at the end.
         log: when to record training metrics, as a mean over the steps since the record before; default: every 50 steps. Also at
             the end of each epoch and of the run.
+        tokens: `batch -> int`, how many tokens a batch has, for `ft.every(tokens=...)` and its like; asked on the host before each
+            step, so it should look at shapes, not at values.
         progress: a line on the console; False for none.
         compile: `"auto"` takes the highest rung that works (see `ft.compile`); True the whole step or an error; False eager.
         backend: a backend of `torch.compile`.
@@ -132,27 +137,33 @@ def fit(
     ('epochs', 120, True)
     """
     check_state(state, "ft.fit")
-    check_arguments(evals, hooks, sinks, log, progress, checkpoint=checkpoint, resume=resume, snapshot=snapshot)
+    check_arguments(
+        evals, hooks, sinks, log, progress, checkpoint=checkpoint, resume=resume, snapshot=snapshot, tokens=tokens
+    )
     seed = state.counters().seed
     source = as_epochs(data, seed=seed, batch_size=batch_size, shuffle=shuffle, what="ft.fit")
     source.check("ft.fit")
-    limits = Limits.of(epochs, steps, until, source, "ft.fit")
-    called = Hooks(hooks)
-    evaluators = check_evaluators(evals or {}, seed, compile, backend)
+    length, counted = source.length, tokens is not None
+    limits = Limits.of(epochs, steps, until, source, "ft.fit", at_least=at_least, tokens=counted)
+    called = Hooks(hooks, length, counted)
+    evaluators = check_evaluators(evals or {}, seed, compile, backend, length=length, tokens=counted)
     compiled = prepare(step, compile, donate=True, backend=backend)
     called.check_names(compiled.step.names() if isinstance(compiled.step, Stepped) else set())
     given = None if donate else state
     state = called.init(ready(state, compiled, data, source))
+    check_averages(evaluators, state)
     # What hooks, sinks and careless steps draw from numpy or random is a function of the state, and does not outlive the call.
     streams = rng.Isolated(rng.fold_in_host(seed, state.counters().step, 0xF17))
     session = Session(
-        log or every(steps=50),
+        (log or every(steps=50)).bound(length, counted, "ft.fit: log="),
         evaluators,
         called,
         sinks,
-        snapshot=snapshot,
+        snapshot=None if snapshot is None else snapshot.bound(length, counted, "ft.fit: snapshot="),
         signals=Signals(signals),
         streams=streams,
+        at_least=limits.at_least,
+        tokens=tokens,
     )
     status, failed = "error", False
     try:
@@ -165,6 +176,7 @@ def fit(
                 evaluators=list(evaluators),
                 optimizers=optimizers(compiled.step),
             )
+            session.saving = session.saver.every.bound(length, counted, "ft.fit: checkpoint=")
             found = session.saver.found
         if found is not None:
             state = found.state

@@ -1,4 +1,4 @@
-"""When a run ends: `epochs=`, `steps=` and `until=`, checked before any work."""
+"""When a run ends: `epochs=`, `steps=`, `until=` and `at_least=`, checked before any work."""
 
 from __future__ import annotations
 
@@ -12,18 +12,29 @@ __all__ = ["Limits"]
 
 
 class Limits(NamedTuple):
-    """How much a run may do from where it starts; None is no limit."""
+    """How much a run may do from where it starts, and how much it does at least; None is no limit."""
 
     epochs: int | None
     steps: int | None
     until: Cadence | None
+    at_least: Cadence | None = None
 
     @classmethod
-    def of(cls, epochs: int | None, steps: int | None, until: Cadence | None, data: Epochs, what: str) -> Limits:
+    def of(
+        cls,
+        epochs: int | None,
+        steps: int | None,
+        until: Cadence | None,
+        data: Epochs,
+        what: str,
+        *,
+        at_least: Cadence | None = None,
+        tokens: bool = False,
+    ) -> Limits:
         """Check the limits against each other and against the data.
 
         Raises:
-            LimitError: a limit that is no positive integer, or none at all for data without a length.
+            LimitError: a limit that is no positive integer, none at all for data without a length, or contradictory ones.
             DataError: several epochs of data that can be iterated only once.
         """
         for name, n in (("epochs", epochs), ("steps", steps)):
@@ -36,15 +47,16 @@ class Limits(NamedTuple):
                         fix=f"{what}(state, step, data, {name}=1)",
                     )
                 )
-        if until is not None and not isinstance(until, Cadence):
-            raise LimitError(
-                explain(
-                    f"{what}: until={until!r} makes no sense.",
-                    expected="ft.until(...)",
-                    got=type(until).__name__,
-                    fix=f"{what}(state, step, data, until=ft.until(seconds=600))",
+        for name, cadence in (("until", until), ("at_least", at_least)):
+            if cadence is not None and not isinstance(cadence, Cadence):
+                raise LimitError(
+                    explain(
+                        f"{what}: {name}={cadence!r} makes no sense.",
+                        expected="ft.until(...)",
+                        got=type(cadence).__name__,
+                        fix=f"{what}(state, step, data, {name}=ft.until(seconds=600))",
+                    )
                 )
-            )
         if epochs is None and steps is None and until is None:
             if data.length is None:
                 raise LimitError(
@@ -63,7 +75,10 @@ class Limits(NamedTuple):
                     fix=f"{what}(state, step, lambda epoch: make_batches(), epochs={epochs})",
                 )
             )
-        return cls(epochs, steps, until)
+        if at_least is not None:
+            _check_order(at_least, epochs, steps, until, data.length, what)
+            at_least = at_least.bound(data.length, tokens, what)
+        return cls(epochs, steps, None if until is None else until.bound(data.length, tokens, what), at_least)
 
     def reached(self, before: Clock, now: Clock) -> str | None:
         """Which limit is reached between two clocks, or None."""
@@ -74,3 +89,50 @@ class Limits(NamedTuple):
         if self.until is not None and self.until.fires(before, now):
             return "until"
         return None
+
+
+def _check_order(
+    at_least: Cadence, epochs: int | None, steps: int | None, until: Cadence | None, length: int | None, what: str
+) -> None:
+    """Raise where a run would be over before it has done what it has to do at least."""
+    most: dict[str, tuple[float, str]] = {}
+    alternatives = [until] if until is not None else []
+    while alternatives:  # of what is joined by "or", the first that is reached ends the run
+        one = alternatives.pop()
+        sides = one.alternatives()
+        if len(sides) > 1:
+            alternatives.extend(sides)
+            continue
+        amounts = list(one.amounts())
+        if len(amounts) == 1:  # several by "and": none of them ends the run by itself
+            _note(most, *amounts[0], repr(one))
+    if steps is not None:
+        _note(most, "steps", steps, f"steps={steps}")
+    if epochs is not None:
+        _note(most, "epochs", epochs, f"epochs={epochs}")
+    for unit in ("epochs", "fraction"):
+        if unit in most and length is not None:
+            _note(most, "steps", most[unit][0] * length, most[unit][1])
+    if "steps" in most and length is not None:
+        _note(most, "epochs", most["steps"][0] / length, most["steps"][1])
+        _note(most, "fraction", most["steps"][0] / length, most["steps"][1])
+    for unit, least in at_least.amounts():
+        if unit in most and least > most[unit][0]:
+            raise LimitError(
+                explain(
+                    f"{what}: the limits contradict each other.",
+                    expected="at_least= below what ends the run",
+                    got=f"at_least={at_least!r}, and {most[unit][1]}"
+                    + (f" with {length} steps an epoch" if unit not in most[unit][1] else ""),
+                    fix=f"{what}(state, step, data, at_least=ft.until({unit}={_shown(most[unit][0])}))",
+                )
+            )
+
+
+def _note(most: dict[str, tuple[float, str]], unit: str, n: float, whose: str) -> None:
+    if unit not in most or n < most[unit][0]:
+        most[unit] = n, whose
+
+
+def _shown(n: float) -> str:
+    return f"{n:g}" if n < 1e6 else str(int(n))

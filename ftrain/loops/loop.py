@@ -3,7 +3,8 @@
 Laws
 ----
 - `loop` is a fold: the state of the n-th tick is `step` applied n times to the first state, over the batches in order.
-- A consumer may replace the state between two ticks (`ticks.send(state)`); nothing else of the loop can be changed from outside.
+- A consumer may replace the state between two ticks (`ticks.send(state)`), also by an earlier one: steps and samples are then
+  counted from there, and the batches that come next are taken. Nothing else of the loop can be changed from outside.
 - It reads nothing from the device between ticks, and holds nothing after it ended.
 - `loop(tick.state, step, data, start=tick.position())` gives the ticks that are left: same states, same batches.
 """
@@ -15,9 +16,11 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from .. import tree
-from ..data import Epochs, Feed, as_epochs
-from ..errors import DataError, StateError, explain
+from ..data import Epochs, Feed, Window, as_epochs
+from ..errors import DataError, LimitError, StateError, explain
 from ..metrics import normalise
 from ..state import Counters, TrainState, check_state
 from ..steps.bind import batch_size as count_samples
@@ -45,6 +48,7 @@ class Tick:
         batch: position of the batch in its epoch, from 0 on.
         waited: seconds spent waiting for data since the run began.
         end: True on the extra tick at the end of an epoch (only with `epoch_ends=True`): no step was taken for it.
+        tokens: tokens seen since the run began, where `tokens=` counts them.
 
     >>> import torch, ftrain as ft
     >>> model, tx = torch.nn.Linear(1, 1), ft.optim.sgd(0.1)
@@ -63,6 +67,7 @@ class Tick:
     batch: int
     waited: float = 0.0
     end: bool = False
+    tokens: int = 0
     _run: _Run | None = field(default=None, repr=False, compare=False)
 
     def ran(self) -> bool:
@@ -124,6 +129,8 @@ class _Run:
             self.done,
             tick.samples - self.begin.samples,
             time.perf_counter() - self.started,
+            tick.tokens,
+            0 if tick.end else tick.batch + 1,
         )
 
     def position(self, tick: Tick) -> Position:
@@ -171,6 +178,7 @@ def loop(
     until: Cadence | None = None,
     batch_size: int | None = None,
     shuffle: bool = True,
+    tokens: Callable[[Any], int] | None = None,
     epoch_ends: bool = False,
     start: Position | None = None,
 ) -> Ticks:
@@ -186,6 +194,8 @@ def loop(
         until: stop when this fires, e.g. `ft.until(seconds=60)`.
         batch_size: for arrays: samples in a batch.
         shuffle: for arrays: a new order in each epoch, as a function of the state's seed and the epoch.
+        tokens: `batch -> int`, how many tokens a batch has, for `ft.until(tokens=...)`; asked on the host, so it should look at
+            shapes, not at values. Of a window, each of its batches is asked.
         epoch_ends: also give a tick with `end=True` when an epoch is complete, after its last step.
         start: where in the data to begin, from `tick.position()` of the run that made `state`. Limits then count from where that
             run began: with the same `epochs=`, the two together do what it alone would have done.
@@ -216,12 +226,12 @@ def loop(
     source.check("ft.loop")
     endless = epochs is None and steps is None and until is None and source.length is None
     # A for loop can be left at any time, so data without a length is no error here, as it is for fit.
-    limits = Limits(1, None, None) if endless else Limits.of(epochs, steps, until, source, "ft.loop")
+    counted = tokens is not None
+    limits = Limits(1, None, None) if endless else Limits.of(epochs, steps, until, source, "ft.loop", tokens=counted)
     position = Position(begin.epoch) if start is None else check_position(start, begin, "ft.loop")
     state = ready(state, step, data, source)
-    return _closed(
-        _run(state, step, _Run.of(source, begin, position.clock), limits, position, epoch_ends=epoch_ends), source
-    )
+    run = _Run.of(source, begin, position.clock)
+    return _closed(_run(state, step, run, limits, position, tokens, epoch_ends=epoch_ends), source)
 
 
 def _closed(ticks: Ticks, source: Epochs) -> Ticks:
@@ -233,12 +243,19 @@ def _closed(ticks: Ticks, source: Epochs) -> Ticks:
 
 
 def _run(
-    state: TrainState, step: Callable[..., Any], run: _Run, limits: Limits, position: Position, *, epoch_ends: bool
+    state: TrainState,
+    step: Callable[..., Any],
+    run: _Run,
+    limits: Limits,
+    position: Position,
+    tokens: Callable[[Any], int] | None,
+    *,
+    epoch_ends: bool,
 ) -> Ticks:
     call = step if isinstance(step, (CompiledStep, Stepped)) else _seeded(step)
     source, device = run.source, state.device
     count, _, samples, _ = state.counters()
-    waited, fresh = 0.0, True
+    waited, fresh, words = 0.0, True, position.clock.tokens
     now, reached = _asked(limits, source, position)
     place = position.data
     if reached is not None:
@@ -251,6 +268,8 @@ def _run(
         try:
             for batch in feed:
                 size = count_samples(batch)
+                if tokens is not None:
+                    words += count_tokens(tokens, batch)
                 state, metrics = _result(call(state, batch))
                 if fresh:
                     _check(like, state)
@@ -258,8 +277,11 @@ def _run(
                 count += 1
                 samples += size
                 read = feed.read
-                tick = Tick(state, metrics, count, epoch, samples, feed.read - 1, waited + feed.waited, False, run)
+                tick = Tick(
+                    state, metrics, count, epoch, samples, feed.read - 1, waited + feed.waited, False, words, run
+                )
                 state = yield from _give(tick)
+                count, samples = tick.step, tick.samples
                 if feed.read == source.length:
                     continue  # the last batch: the epoch is completed first, then the limits are looked at
                 if limits.steps is not None and count - run.begin.step >= limits.steps:
@@ -279,9 +301,10 @@ def _run(
             raise DataError(_empty(epoch, run.done, source))
         run.done += 1
         state = state.next_epoch()
-        tick = Tick(state, {}, count, epoch, samples, feed.read - 1, waited, True, run)
+        tick = Tick(state, {}, count, epoch, samples, feed.read - 1, waited, True, words, run)
         if epoch_ends:
             state = yield from _give(tick)
+            count, samples = tick.step, tick.samples
         before, now = now, run.clock(tick)
         reached = _over(limits, source, before, now)
         if reached is not None:
@@ -295,7 +318,7 @@ def _asked(limits: Limits, source: Epochs, position: Position) -> tuple[Clock, s
         return now, None
     # A cadence that fires at one moment compares two clocks. The one before was a step ago; how many samples is not known.
     epochs = now.epochs - 1 if now.epochs and not place["batch"] else now.epochs
-    before = Clock(max(now.steps - 1, 0), epochs)
+    before = now._replace(steps=max(now.steps - 1, 0), epochs=epochs, samples=0, seconds=0.0, tokens=0)
     if place["batch"] == source.length:  # left after an epoch's last step: the epoch is completed first, as ever
         return before, None
     return now, _over(limits, source, before, now)
@@ -325,6 +348,7 @@ def _give(tick: Tick) -> Generator[Tick, TrainState | None, TrainState]:
     sent = yield tick
     while sent is not None:
         tick.state = _sent(sent, tick.state)
+        tick.step, _, tick.samples, _ = tick.state.counters()
         sent = yield tick
     return tick.state
 
@@ -373,7 +397,35 @@ def _sent(sent: object, state: TrainState) -> TrainState:
         what="the state sent to the loop is not like the one it had.",
         fix="ticks.send(state.replace(...))",
     )
+    if new.counters().epoch != state.counters().epoch:
+        raise StateError(
+            explain(
+                "the state sent to the loop is of another epoch.",
+                expected=f"epoch {state.counters().epoch}, where the data is",
+                got=f"epoch {new.counters().epoch}",
+                cause="an earlier state was kept over the end of an epoch; steps go back with it, the data does not",
+                fix="ticks.send(earlier.replace(epoch=tick.state.epoch))",
+            )
+        )
     return new
+
+
+def count_tokens(tokens: Callable[[Any], int], batch: Any) -> int:
+    """How many tokens a batch has; raises where the user's function gives something else than a count."""
+    if isinstance(batch, Window):
+        return sum(count_tokens(tokens, one) for one in batch.batches)
+    n = tokens(batch)
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        raise LimitError(
+            explain(
+                "tokens= gave no count.",
+                expected="an int >= 0",
+                got=tree.describe(n),
+                cause="a tensor, which would have to be read from the device" if isinstance(n, Tensor) else None,
+                fix='tokens=lambda batch: batch["tokens"].numel()',
+            )
+        )
+    return n
 
 
 def _empty(epoch: int, done: int, source: Epochs) -> str:

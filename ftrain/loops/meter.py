@@ -4,6 +4,7 @@ Laws
 ----
 - `fetch` gives what merging all added metrics gives, computed in float64.
 - A meter that took over another's `plain()` fetches what that one would have.
+- `drop(n)` makes it as if the last n steps had not been added, those left out that were fetched before.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class _Pack(NamedTuple):
     kinds: tuple[type[Metric], ...]
     steps: int
     stacks: list[Tensor]
+    told: bool  # by hooks, not by the step
 
 
 class Meter:
@@ -44,11 +46,12 @@ class Meter:
 
     def __init__(self) -> None:
         self._waiting: list[Mapping[str, Metric]] = []
+        self._told: list[Mapping[str, Metric]] = []
         self._packs: list[_Pack] = []
         self._collected: dict[str, list[tuple[Any, ...]]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._waiting or self._packs or self._collected)
+        return bool(self._waiting or self._told or self._packs or self._collected)
 
     def add(self, metrics: Mapping[str, Metric]) -> None:
         """Take one step's metrics; no arithmetic is done here."""
@@ -56,20 +59,43 @@ class Meter:
         if len(self._waiting) >= _PACK_AFTER:
             self._pack()
 
+    def tell(self, metrics: Mapping[str, Metric]) -> None:
+        """Take metrics that do not come from a step. Where one has the name of a step's metric, it takes its place."""
+        self._told.append(metrics)
+        if len(self._told) >= _PACK_AFTER:
+            self._pack()
+
+    def drop(self, steps: int) -> None:
+        """Forget the last so many steps."""
+        waiting = min(steps, len(self._waiting))
+        del self._waiting[len(self._waiting) - waiting :]
+        packed = left = steps - waiting
+        for at in reversed(range(len(self._packs))):
+            pack = self._packs[at]
+            if not pack.told:
+                n = min(left, pack.steps)
+                left -= n
+                stacks = [stack.reshape(-1, pack.steps)[:, : pack.steps - n] for stack in pack.stacks]
+                self._packs[at] = pack._replace(steps=pack.steps - n, stacks=stacks)
+        self._packs = [pack for pack in self._packs if pack.steps]
+        for rows in self._collected.values():
+            del rows[max(0, len(rows) - packed) :]
+
     def fetch(self) -> dict[str, Any]:
         """Merge all, compute, forget: floats by name (a tensor on the CPU for `Collect`). One transfer for all scalars."""
         self._pack()
         flat = [stack.flatten().double() for pack in self._packs for stack in pack.stacks]
         numbers: list[float] = torch.cat(flat).tolist() if flat else []  # sync: the one transfer of a log point
-        columns: dict[tuple[str, type[Metric]], list[list[float]]] = {}
+        columns: dict[tuple[bool, str, type[Metric]], list[list[float]]] = {}
         at = 0
         for pack in self._packs:
             for name, kind in zip(pack.names, pack.kinds, strict=True):
-                own = columns.setdefault((name, kind), [[] for _ in fields(kind)])
+                own = columns.setdefault((pack.told, name, kind), [[] for _ in fields(kind)])
                 for column in own:
                     column.extend(numbers[at : at + pack.steps])
                     at += pack.steps
-        found: dict[str, Any] = {name: kind.fold(*own).compute() for (name, kind), own in columns.items()}
+        ordered = sorted(columns.items(), key=lambda item: item[0][0])  # what hooks told comes last, and so stays
+        found: dict[str, Any] = {name: kind.fold(*own).compute() for (_, name, kind), own in ordered}
         for name, parts in self._collected.items():
             found[name] = Collect.fold(parts).compute().cpu()  # sync: values that are kept one by one
         self._packs, self._collected = [], {}
@@ -85,6 +111,7 @@ class Meter:
                     "kinds": [_named(k) for k in one.kinds],
                     "steps": one.steps,
                     "stacks": one.stacks,
+                    "told": one.told,
                 }
                 for one in self._packs
             ],
@@ -97,13 +124,14 @@ class Meter:
         Raises:
             MetricError: it had metrics of a kind that this process does not know.
         """
-        self._waiting = []
+        self._waiting, self._told = [], []
         self._packs = [
             _Pack(
                 tuple(one["names"]),
                 tuple(_kind(name) for name in one["kinds"]),
                 one["steps"],
                 [stack.to(device) for stack in one["stacks"]],
+                one["told"],
             )
             for one in plain["packs"]
         ]
@@ -115,6 +143,11 @@ class Meter:
     def _pack(self) -> None:
         """Stack the waiting scalars; runs of steps with the same metrics go together."""
         waiting, self._waiting = self._waiting, []
+        self._stack(waiting, False)
+        waiting, self._told = self._told, []
+        self._stack(waiting, True)
+
+    def _stack(self, waiting: list[Mapping[str, Metric]], told: bool) -> None:
         run: list[list[Any]] = []
         names: tuple[str, ...] = ()
         kinds: tuple[type[Metric], ...] = ()
@@ -122,7 +155,7 @@ class Meter:
         for metrics in waiting:
             if type(metrics) is Packed:
                 if metrics.names != names or metrics.kinds != kinds or not packed:
-                    self._close(names, kinds, run)
+                    self._close(names, kinds, run, told)
                     run, names, kinds, packed = [], metrics.names, metrics.kinds, True
                 run.append([metrics.values_])
                 continue
@@ -136,19 +169,19 @@ class Meter:
                 scalars = metrics
             these, types = tuple(scalars), tuple(map(type, scalars.values()))
             if these != names or types != kinds or packed:
-                self._close(names, kinds, run)
+                self._close(names, kinds, run, told)
                 run, names, kinds, packed = [], these, types, False
             row: list[Any] = []
             for metric in scalars.values():
                 row.extend(_parts(metric))
             run.append(row)
-        self._close(names, kinds, run)
+        self._close(names, kinds, run, told)
 
-    def _close(self, names: tuple[str, ...], kinds: tuple[type[Metric], ...], run: list[list[Any]]) -> None:
+    def _close(self, names: tuple[str, ...], kinds: tuple[type[Metric], ...], run: list[list[Any]], told: bool) -> None:
         if not run or not run[0]:
             return
         if isinstance(run[0][0], Tensor) and run[0][0].ndim == 1:  # one vector a step; stacked, a row for each field
-            self._packs.append(_Pack(names, kinds, len(run), [torch.stack([row[0] for row in run], dim=1)]))
+            self._packs.append(_Pack(names, kinds, len(run), [torch.stack([row[0] for row in run], dim=1)], told))
             return
         device = next((value.device for value in run[0] if isinstance(value, Tensor)), torch.device("cpu"))
         stacks: list[Tensor] = []
@@ -163,7 +196,7 @@ class Meter:
                 group = []
             group.extend(tensors)
         stacks.append(torch.stack(group))
-        self._packs.append(_Pack(names, kinds, len(run), stacks))
+        self._packs.append(_Pack(names, kinds, len(run), stacks, told))
 
 
 def _parts(metric: Metric) -> Any:

@@ -17,16 +17,19 @@ from ..errors import LossError, explain
 from ..sinks import History, Progress, Record
 from ..state import TrainState
 from ..steps.compile import CompiledStep
+from ..metrics import Metric
 from ..types import Saver
-from .evaluate import Stopped, run
-from .events import Event, Hooks
+from .calling import Hooks
+from .evaluate import Prepared, Stopped, run, with_params
+from .events import Event
 from .limits import Limits
 from .loop import Tick, loop
 from .meter import Meter, pack_metrics, unpack_metrics
 from .position import Position
 from .signals import Signals
 from .snapshot import Failure, Snapshot
-from .units import Cadence, Clock
+from .spent import Spent
+from .units import Cadence, Clock, Moment, bounds
 
 __all__ = ["Session"]
 
@@ -41,27 +44,35 @@ class Session:
     def __init__(
         self,
         log: Cadence,
-        evaluators: dict[str, tuple[Any, Epochs, Cadence]],
+        evaluators: dict[str, Prepared],
         hooks: Hooks,
         sinks: Sequence[Sink],
         *,
         snapshot: Cadence | None = None,
         signals: Signals,
         streams: rng.Isolated,
+        at_least: Cadence | None = None,
+        tokens: Callable[[Any], int] | None = None,
     ) -> None:
         self.log, self.evaluators, self.hooks, self.sinks = log, evaluators, hooks, sinks
         self.every, self.signals, self.streams = snapshot, signals, streams
+        self.at_least, self.tokens = at_least, tokens
         self.saver: Saver | None = None
+        self.saving: Cadence | None = None  # when the saver saves
         self.progress: Progress | None = None
         self.records: list[Record] = []
         self.meter = Meter()
-        self.extra: dict[str, Any] = {}  # metrics from hooks, for the next record
+        self.extra: dict[str, Any] = {}  # numbers from hooks, for the next record
+        self.held: str | None = None  # a hook's reason to stop, until the run has done what it does at least
+        self.spent = Spent()
+        self.recorded_at = 0.0  # the second of the last record of training
         self.began = time.perf_counter()
         self.begin = (0, 0)  # the state's counts of steps and samples when the run began
         self.done = 0  # epochs completed in this run
         self.waited = 0.0  # seconds spent waiting for data up to the last record
         self.asked: Clock | None = None  # when the cadences were last asked
-        self.due = 0.0  # the first step at which one of them may fire
+        self.due = 0.0  # the first step at which one of them may fire, or a hook that is not called at every step
+        self.due_at = math.inf  # the first second at which one may that waits for the time
         self.final = False  # whether this is the last step of its epoch, where something that is due depends on it
         self.ended: str | None = None  # why the run is over, where a hook or the data said so
         self.owed = False  # a checkpoint that was due at the last step of an epoch, and is made at the epoch's end
@@ -72,7 +83,7 @@ class Session:
         self.unchecked = True
         # What is happening at this tick, and what was there before it: where it does not come to its end, it is done again.
         self.attending: str | None = None
-        self.before: tuple[dict[str, Any], Clock] = ({}, Clock())
+        self.before: tuple[dict[str, Any], Clock | None] = ({}, None)
         self.hooked: Attended | None = None  # what the first hooks of this tick gave
         self.kept: Snapshot | None = None  # the copy that an exception carries
         self.unsettled = False  # whether that was made before this step's evaluation had come to its end
@@ -92,7 +103,10 @@ class Session:
             self.begin = (counters.step, counters.samples)
             self.start = position
             self.tick = Tick(state, {}, counters.step, counters.epoch, counters.samples, -1)
-            state, reason = self.attend(self.tick, "start")
+            if self.rehearse(state):
+                state, reason = self.attend(self.tick, "start")
+            else:
+                reason = self.signals.reason
         else:
             self.start = position = found.position
             state, reason = self.take_over(found)
@@ -104,14 +118,36 @@ class Session:
         signalled = self.signals.reason is not None and reason == self.signals.reason
         if self.saver is not None and (self.saver.on_signal or not signalled):
             # A limit is looked at anew by whoever goes on; what a hook or the data said holds.
-            self.save(self.snapshot(None if signalled else self.ended))
+            with self.spent.on("checkpoint"):
+                saved = self.save(self.snapshot(None if signalled else self.ended))
+            if saved:
+                self.look(state, "saved", tick)
         last = History(self.records).last()
-        outcome = self.hooks(state, self.event("end", tick, self.clock(tick), metrics=last, reason=reason))
-        self.extra = self.extra | dict(outcome.metrics or {})
+        if self.hooks.listens("end", self.clock(tick)):
+            state, _ = self.happens(tick, state, "end", metrics=last, reason=reason)
         for record in self.record(tick):
             self.records.append(record)
             self.emit(record)
-        return outcome.state, reason
+        return state, reason
+
+    def rehearse(self, state: TrainState) -> bool:
+        """The evaluations that are tried before the first step; False where a signal ended them."""
+        try:
+            for name, one in self.evaluators.items():
+                if one.sanity:
+                    limit = one.sanity if one.limit is None else min(one.sanity, one.limit)
+                    self.evaluate(state, name, one._replace(limit=limit))
+        except Stopped:
+            return False
+        return True
+
+    def evaluate(self, state: TrainState, name: str, one: Prepared) -> dict[str, Any]:
+        """What one evaluator gives; raises where the run depends on a metric that is not among it."""
+        own = with_params(state, one.step, one.params, f"the evaluator {name!r}")
+        metrics = run(own, one.step, one.source, f"the evaluator {name!r}", self.signals, one.limit)
+        if self.saver is not None:
+            self.saver.check_metrics(name, metrics)
+        return metrics
 
     def turn(
         self, state: TrainState, step: Callable[..., Any], source: Epochs, limits: Limits, position: Position
@@ -126,10 +162,17 @@ class Session:
             epochs=limits.epochs,
             steps=limits.steps,
             until=limits.until,
+            tokens=self.tokens,
             epoch_ends=True,
             start=position,
         )
-        begin, add, hooks, show, signals = self.begin[0], self.meter.add, bool(self.hooks), self.progress, self.signals
+        begin, add, steady, show, signals = (
+            self.begin[0],
+            self.meter.add,
+            self.hooks.steady,
+            self.progress,
+            self.signals,
+        )
         refresh = math.inf if show is None else time.perf_counter()
         try:
             while signals.reason is None:
@@ -150,7 +193,7 @@ class Session:
                     add(tick.metrics)
                     if self.unchecked:
                         self.first_loss(tick)
-                if hooks or tick.end or tick.step - begin >= self.due:
+                if steady or tick.end or tick.step - begin >= self.due or self.timed():
                     old = tick.state
                     new, stop = self.attend(tick, "epoch" if tick.end else "step")
                     if new is not old:
@@ -176,42 +219,75 @@ class Session:
         """
         now, before = self.clock(tick), self.asked
         self.attending, self.hooked, self.before = kind, hooked, (self.extra, self.hooks.before)
+        due = kind != "step" or hooked is not None or now.steps >= self.due or now.seconds >= self.due_at
         if tick.ran():  # else the session before has found out
-            self.final = kind == "step" and self.depends(before, now) and tick.last()
+            self.final = due and kind == "step" and self.depends(before, now) and tick.last()
         if hooked is None:
             hooked = tick.state, None
             if self.hooks and self.hooks.listens(kind, now):
-                hooked = self.happens(tick.state, self.event(kind, tick, now, metrics=tick.metrics))
-            if kind != "epoch":
-                self.hooks.passed(now)
+                hooked = self.happens(tick, tick.state, kind, metrics=tick.metrics)
+                now = self.clock(tick)
+            self.hooks.passed(now)
             self.hooked, self.before = hooked, (self.extra, self.hooks.before)
         state, stop = hooked
-        due = [(name, *rest) for name, (*rest, cadence) in self.evaluators.items() if cadence.fires(before, now)]
+        if not due and stop is None:  # a hook that is called at every step was, and that was all
+            self.attending, tick.state = None, state
+            return state, None
+        return self.evaluated(tick, kind, before, now, state, stop)
+
+    def evaluated(
+        self, tick: Tick, kind: str, before: Clock | None, now: Clock, state: TrainState, stop: str | None
+    ) -> Attended:
+        """The second half of `attend`: from the evaluation on."""
+        due = {name: one for name, one in self.evaluators.items() if one.every.fires(before, now)}
         if due and self.progress is not None and before is not None:
             self.progress.refresh(tick.step, self.epochs(tick), tick.samples, now.seconds)
         results: list[Record] = []
         try:
-            for name, step, source in due:
-                metrics = run(state, step, source, f"the evaluator {name!r}", self.signals)
-                if self.saver is not None:
-                    self.saver.check_metrics(name, metrics)
-                results.append(Record(tick.step, self.epochs(tick), tick.samples, self.seconds(), name, metrics))
+            with self.spent.on("evaluation"):
+                for name, one in due.items():
+                    metrics = self.evaluate(state, name, one)
+                    results.append(self.told(tick, name, metrics))
         except Stopped:  # by a signal: whoever goes on begins with the evaluation
             return state, self.signals.reason
         if results and self.hooks.listens("evaluation", now):
             named = {name: value for record in results for name, value in record.named().items()}
-            state, why = self.happens(state, self.event("evaluation", tick, now, metrics=named))
-            stop = stop or why
+            state, why = self.happens(tick, state, "evaluation", metrics=named)
+            now, stop = self.clock(tick), stop or why
         records = self.recorded(tick, kind, before, now) + results
         self.records.extend(records)
+        stop = self.hold(stop, before, now)
         self.attending, self.ended = None, stop
         tick.state = state
         self.asked = now
-        self.preserve(tick, kind, before, now, stop)
-        self.due = min(cadence.next_step(now) for cadence in self.cadences())
+        with self.spent.on("checkpoint"):
+            saved = self.preserve(tick, kind, before, now, stop)
+        if saved:
+            self.look(state, "saved", tick)
+        self.plan(now)
         for record in records:
             self.emit(record)
         return state, stop
+
+    def timed(self) -> bool:
+        """Whether it is time for something that waits for the time."""
+        return self.due_at < math.inf and self.seconds() >= self.due_at
+
+    def plan(self, now: Clock) -> None:
+        """Find out when something may be due next."""
+        moments: list[Moment] = self.hooks.moments(now)
+        for cadence in self.cadences():
+            moments.extend(cadence.moments(now))
+        self.due, self.due_at = bounds(moments, now)
+
+    def hold(self, stop: str | None, before: Clock | None, now: Clock) -> str | None:
+        """A reason to stop, once the run has done what it does at least."""
+        stop = self.held or stop
+        if stop is None or self.at_least is None or self.at_least.fires(before, now):
+            self.held = None
+            return stop
+        self.held = stop
+        return None
 
     def recorded(self, tick: Tick, kind: str, before: Clock | None, now: Clock) -> list[Record]:
         """The record of training that is due now. That of an epoch's last step is made at the epoch's end, which comes next."""
@@ -219,33 +295,53 @@ class Session:
             return []
         return [] if self.final else self.record(tick)
 
-    def preserve(self, tick: Tick, kind: str, before: Clock | None, now: Clock, stop: str | None) -> None:
-        """The checkpoint and the copy that are due now."""
-        if self.saver is not None and (self.owed or self.saver.every.fires(before, now)):
+    def preserve(self, tick: Tick, kind: str, before: Clock | None, now: Clock, stop: str | None) -> bool:
+        """The checkpoint and the copy that are due now; gives whether a checkpoint was made."""
+        saved = False
+        if self.saving is not None and (self.owed or self.saving.fires(before, now)):
             self.owed = self.final
             if not self.owed:
-                self.save(self.snapshot(stop))
+                saved = self.save(self.snapshot(stop))
         if self.every is not None and self.every.fires(before, now):
             shot = self.snapshot(stop)
             self.kept = Snapshot(shot.state.copy(), shot.position, shot.notes, tuple(shot.records), shot.ended)
+        return saved
 
     def cadences(self) -> list[Cadence]:
-        found = [self.log, *(cadence for _, _, cadence in self.evaluators.values())]
-        found += [] if self.every is None else [self.every]
-        return found if self.saver is None else [*found, self.saver.every]
+        held = None if self.held is None else self.at_least
+        found = [self.log, self.every, self.saving, held, *(one.every for one in self.evaluators.values())]
+        return [cadence for cadence in found if cadence is not None]
 
-    def happens(self, state: TrainState, event: Event) -> tuple[TrainState, str | None]:
-        outcome = self.hooks(state, event)
-        self.extra = self.extra | dict(outcome.metrics or {})
-        return outcome.state, outcome.stop
+    def happens(self, tick: Tick, state: TrainState, kind: str, **about: Any) -> Attended:
+        """Call the hooks; where one goes back to an earlier state, the steps in between did not happen."""
+        with self.spent.on("hooks"):
+            new, metrics, stop = self.hooks(state, self.event(kind, tick, **about))
+        if metrics:
+            numbers = {name: value for name, value in metrics.items() if not isinstance(value, Metric)}
+            self.extra = self.extra | numbers
+            if len(numbers) < len(metrics):
+                self.meter.tell({name: value for name, value in metrics.items() if name not in numbers})
+        if new is not state:
+            step, _, samples, _ = new.counters()
+            if step < tick.step:
+                self.meter.drop(tick.step - step)
+            tick.step, tick.samples = step, samples
+        return new, stop
 
-    def event(
-        self, kind: str, tick: Tick, now: Clock, *, metrics: Mapping[str, Any] | None = None, reason: str | None = None
-    ) -> Event:
-        return Event(kind, tick.step, self.epochs(tick), tick.samples, now, metrics or {}, reason)
+    def look(self, state: TrainState | None, kind: str, tick: Tick, **about: Any) -> None:
+        """Call the hooks that want to see this; they cannot change anything."""
+        if self.hooks.listens(kind, self.clock(tick)):
+            path = None if self.saver is None else self.saver.path
+            with self.spent.on("hooks"):
+                self.hooks(state, self.event(kind, tick, path=path, **about))  # type: ignore[arg-type]
+
+    def event(self, kind: str, tick: Tick, *, metrics: Mapping[str, Any] | None = None, **about: Any) -> Event:
+        epochs, now = self.epochs(tick), self.clock(tick)
+        return Event(kind, tick.step, epochs, tick.samples, now, metrics or {}, tokens=tick.tokens, **about)
 
     def clock(self, tick: Tick) -> Clock:
-        return Clock(tick.step - self.begin[0], self.done, tick.samples - self.begin[1], self.seconds())
+        steps, samples = tick.step - self.begin[0], tick.samples - self.begin[1]
+        return Clock(steps, self.done, samples, self.seconds(), tick.tokens, 0 if tick.end else tick.batch + 1)
 
     def epochs(self, tick: Tick) -> int:
         return tick.epoch + 1 if tick.end else tick.epoch
@@ -260,17 +356,26 @@ class Session:
         metrics = {**self.meter.fetch(), **self.extra}
         waited, self.waited = tick.waited - self.waited, tick.waited
         self.extra = {}
-        return [Record(tick.step, self.epochs(tick), tick.samples, self.seconds(), "train", metrics, waited)]
+        now, before = self.seconds(), self.recorded_at
+        self.recorded_at = now
+        spent = self.spent.taken(waited, now - before)
+        return [self.told(tick, "train", metrics, waited=waited, spent=spent)]
+
+    def told(self, tick: Tick, split: str, metrics: Mapping[str, Any], **more: Any) -> Record:
+        epochs, seconds = self.epochs(tick), self.seconds()
+        return Record(tick.step, epochs, tick.samples, seconds, split, metrics, tokens=tick.tokens, **more)
 
     def emit(self, record: Record) -> None:
         if self.progress is not None:
             self.progress.record(record)
-        for sink in self.sinks:
-            sink(record)
+        if self.sinks:
+            with self.spent.on("sinks"):
+                for sink in self.sinks:
+                    sink(record)
 
     def depends(self, before: Clock | None, now: Clock) -> bool:
         """Whether something is due that waits for the epoch's end where this is its last step."""
-        return self.log.fires(before, now) or (self.saver is not None and self.saver.every.fires(before, now))
+        return self.log.fires(before, now) or (self.saving is not None and self.saving.fires(before, now))
 
     # -- as a value -----------------------------------------------------------------------------------------------------------
 
@@ -295,7 +400,10 @@ class Session:
             "meter": self.meter.plain(),
             "extra": dict(extra),
             "asked": None if asked is None else asked._asdict(),
-            "hooks": hooks._asdict(),
+            "hooks": None if hooks is None else hooks._asdict(),
+            "held": self.held,
+            "spent": self.spent.plain(),
+            "recorded": self.recorded_at,
             "owed": self.owed,
             "waited": tick.waited - self.waited,
             "streams": self.streams.state(),
@@ -314,7 +422,9 @@ class Session:
         self.records, self.extra = list(found.records), dict(notes["extra"])
         self.meter.take(notes["meter"], device)
         self.asked = None if notes["asked"] is None else Clock(**notes["asked"])
-        self.hooks.passed(Clock(**notes["hooks"]))
+        self.hooks.passed(None if notes["hooks"] is None else Clock(**notes["hooks"]))
+        self.held, self.recorded_at = notes["held"], notes["recorded"]
+        self.spent.take(notes["spent"])
         self.owed, self.waited, self.unchecked = notes["owed"], -notes["waited"], clock.steps == 0
         self.streams.take(notes["streams"])
         self.saved = counters.step
@@ -324,11 +434,12 @@ class Session:
         self.unsettled = pending is not None
         end = pending is not None and pending["kind"] == "epoch"
         epoch = counters.epoch - 1 if end else counters.epoch
-        tick = Tick(found.state, {}, counters.step, epoch, counters.samples, found.position.data["batch"] - 1, end=end)
+        batch = found.position.data["batch"] - 1
+        tick = Tick(found.state, {}, counters.step, epoch, counters.samples, batch, end=end, tokens=clock.tokens)
         self.tick = tick
         if pending is None:
             if self.asked is not None:
-                self.due = min(cadence.next_step(self.asked) for cadence in self.cadences())
+                self.plan(self.asked)
             self.ended = found.ended
             return found.state, found.ended
         tick.metrics = unpack_metrics(pending["metrics"], device)
@@ -336,17 +447,19 @@ class Session:
         self.final = pending["kind"] == "step" and (pending["final"] or counted)
         return self.attend(tick, pending["kind"], (found.state, pending["stop"]) if pending["hooked"] else None)
 
-    def save(self, shot: Snapshot) -> None:
-        """Hand a snapshot to the checkpointer, unless this step has one already."""
+    def save(self, shot: Snapshot) -> bool:
+        """Hand a snapshot to the checkpointer, unless there is one of this step or (where hooks went back) a later one."""
         step = shot.state.counters().step
         if self.saver is None:
-            return
-        if step != self.saved:
+            return False
+        fresh = self.saved is None or step > self.saved
+        if fresh:
             self.saver.save(shot)
             self.saved = step
-        elif self.unsettled and self.attending is None:
+        elif step == self.saved and self.unsettled and self.attending is None:
             self.saver.amend(shot)
         self.unsettled = self.attending is not None
+        return fresh
 
     def first_loss(self, tick: Tick) -> None:
         """The one look at a value before the first log point: a run that begins with NaN is wrong from the start."""
@@ -385,6 +498,14 @@ class Session:
                 else:
                     failure.path = self.saver.path
         put(error, "ftrain", failure)  # found by whoever catches it
+        self.witness(error, failure, tick)
+
+    def witness(self, error: BaseException, failure: Failure, tick: Tick) -> None:
+        """Let the hooks see that the run failed, with the newest state that is in memory."""
+        try:
+            self.look(None if failure.origin == "checkpoint" else failure.state, "exception", tick, error=error)
+        except Exception as second:  # the first error is the one to raise
+            annotate(error, f"ftrain: a hook failed at the 'exception' event: {second}")
 
     def where(self, tick: Tick) -> tuple[int, int, int]:
         """The newest complete step, and epoch and position of the batch that is being worked on."""
@@ -450,8 +571,8 @@ class Session:
                 self.saver.close(failed or self.signals.reason is not None)
             except Exception as error:
                 failures.append(error)
-        for _, source, _ in self.evaluators.values():
-            source.close()
+        for evaluator in self.evaluators.values():
+            evaluator.source.close()
         for one in (self.progress, *self.sinks):
             close = getattr(one, "close", None)
             if close is not None:

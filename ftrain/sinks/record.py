@@ -27,6 +27,9 @@ class Record:
         split: `"train"`, or the name of an evaluator.
         metrics: values by name, as Python floats (arrays for `Collect`), over the steps since the record before.
         waited: seconds spent waiting for data since the record of training before (0 for an evaluator).
+        tokens: tokens seen since the run began, where `fit(tokens=...)` counts them.
+        spent: where the seconds since the record of training before went: `data` (as `waited`), `step`, `evaluation`, `hooks`,
+            `checkpoint`, `sinks`; empty for an evaluator. On a GPU, `step` is the time of the host, which may run ahead.
 
     >>> from ftrain.sinks import Record
     >>> Record(step=10, epoch=0, samples=160, seconds=0.5, split="val", metrics={"loss": 0.3}).named()
@@ -40,6 +43,8 @@ class Record:
     split: str = "train"
     metrics: Mapping[str, Any] = field(default_factory=dict)
     waited: float = 0.0
+    tokens: int = 0
+    spent: Mapping[str, float] = field(default_factory=dict)
 
     def named(self) -> dict[str, Any]:
         """The metrics under their full names: `loss` for training, `val/loss` for the evaluator `val`."""
@@ -111,7 +116,7 @@ class History(Sequence[Record]):
         rows = [(r, r.named()) for r in self._records]
         columns: dict[str, list[Any]] = {
             name: [getattr(r, name) for r, _ in rows]
-            for name in ("step", "epoch", "samples", "seconds", "split", "waited")
+            for name in ("step", "epoch", "samples", "tokens", "seconds", "split", "waited")
         }
         for name in self.names():
             columns[name] = [named.get(name) for _, named in rows]
