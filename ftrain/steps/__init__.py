@@ -12,9 +12,11 @@ from .evaluate import to_module as to_module
 from .float8 import with_float8 as with_float8
 from .grad import value_and_grad as value_and_grad
 from .loss_scale import with_loss_scale as with_loss_scale
+from .mask import with_mask as with_mask
 from .precision import with_precision as with_precision
 from .remat import with_remat as with_remat
 from .sam import with_sam as with_sam
+from .skip import with_skip as with_skip
 from .stats import with_grad_stats as with_grad_stats
 from .train import as_step as as_step
 from .train import make_step as make_step

@@ -6,18 +6,16 @@ checkpoint like everything else, and nothing is read from the device: whether to
 
 from __future__ import annotations
 
-import difflib
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import ArgumentError, HookError, LimitError, explain
-from ...metrics import Metric
+from ...errors import LimitError, explain
 from ...state import TrainState
 from ..events import Event, Hook
 from .hyper import check_injected, replace_hyper
+from .monitors import check_choice, check_evaluator, check_names, check_numbers, check_seen, named, value_of
 
 __all__ = ["plateau"]
 
@@ -79,14 +77,14 @@ def plateau(
     >>> result.state.opt.hyper["lr"]
     tensor(0.0500, dtype=torch.float64)
     """
-    _check_names(monitor=monitor, name=name, hyper=hyper)
-    _check_choice("mode", mode, "min", "max")
-    _check_choice("threshold_mode", threshold_mode, "rel", "abs")
+    check_names("plateau", monitor=monitor, name=name, hyper=hyper)
+    check_choice("plateau", "mode", mode, "min", "max")
+    check_choice("plateau", "threshold_mode", threshold_mode, "rel", "abs")
     _check_factor(factor)
-    _check_numbers(patience=patience, cooldown=cooldown)
-    _check_numbers(whole=False, threshold=threshold, min_lr=min_lr, eps=eps)
+    check_numbers("plateau", patience=patience, cooldown=cooldown)
+    check_numbers("plateau", whole=False, threshold=threshold, min_lr=min_lr, eps=eps)
     sign = 1.0 if mode == "min" else -1.0
-    who = f"ft.hooks.plateau({monitor!r})"
+    who = named("plateau", monitor)
 
     def init(state: TrainState) -> Memory:
         check_injected(state.opt, hyper, who)
@@ -122,99 +120,13 @@ def plateau(
             check_injected(state.opt, hyper, who)  # again: a state that goes on has its memory already
         elif event.kind in ("evaluation", "epoch"):
             if monitor in event.metrics:
-                return observe(state, memory, _value(event.metrics[monitor], state.device, who))
-            _check_evaluator(monitor, event, who)
+                return observe(state, memory, value_of(event.metrics[monitor], state.device, who))
+            check_evaluator("plateau", monitor, event, who)
         elif event.kind == "end":
-            _check_seen(monitor, memory, event, who)
+            check_seen("plateau", monitor, lambda: bool(memory["seen"] > 0), event, who)  # sync: one read, at the end
         return state, memory
 
     return Hook(name, init, update)
-
-
-def _value(found: Any, device: torch.device, who: str) -> Tensor:
-    """The metric as float64 (), without a look at it."""
-    if isinstance(found, Metric):
-        found = found.compute()
-    if isinstance(found, Tensor) and found.ndim == 0:
-        return found.to(device, torch.float64)
-    if isinstance(found, (int, float)):
-        return torch.full((), float(found), dtype=torch.float64, device=device)
-    raise HookError(
-        explain(
-            f"{who}: the metric is not a number.",
-            expected="a number",
-            got=type(found).__name__,
-            cause="a metric of type Collect gives all values",
-            fix="monitor a mean of it",
-        )
-    )
-
-
-def _check_evaluator(monitor: str, event: Event, who: str) -> None:
-    """An evaluator gives the same names each time: what it does not give at first it never will."""
-    evaluator = monitor.partition("/")[0] + "/"
-    given = [name for name in event.metrics if name.startswith(evaluator)]
-    if event.kind == "evaluation" and given:
-        raise HookError(
-            explain(
-                f"{who}: the evaluator {evaluator[:-1]!r} gives no such metric.",
-                where=f"the evaluation after step {event.step}",
-                expected=" or ".join(map(repr, given)),
-                got=repr(monitor),
-                fix=_nearest(monitor, given),
-            )
-        )
-
-
-def _check_seen(monitor: str, memory: Memory, event: Event, who: str) -> None:
-    # A run that was cut short in its first epoch, before any evaluation, is not the hook's mistake.
-    evaluated = [name for name in event.metrics if "/" in name]
-    if not (evaluated or event.clock.epochs) or bool(memory["seen"] > 0):  # one read, at the end
-        return
-    trained = [name for name in event.metrics if "/" not in name]
-    raise HookError(
-        explain(
-            f"{who}: the metric never appeared, so the hook did nothing.",
-            expected=" or ".join(map(repr, evaluated)) if evaluated else "an evaluator, whose metrics it can watch",
-            got=repr(monitor),
-            cause="it is a metric of training, of which no event tells the mean over an epoch"
-            if monitor in trained
-            else None,
-            fix=_nearest(monitor, evaluated)
-            if evaluated
-            else 'ft.fit(..., evals={"val": ft.Evaluator(ft.eval_step(model, metric_fn), data)}, '
-            'hooks=[ft.hooks.plateau("val/loss")])',
-        )
-    )
-
-
-def _nearest(monitor: str, names: list[str]) -> str:
-    return f"ft.hooks.plateau({difflib.get_close_matches(monitor, names, n=1, cutoff=0.0)[0]!r})"
-
-
-def _check_names(**names: object) -> None:
-    for key, name in names.items():
-        if not isinstance(name, str) or not name:
-            raise ArgumentError(
-                explain(
-                    f"ft.hooks.plateau: {key}= is a name.",
-                    expected="a str",
-                    got=repr(name),
-                    fix='ft.hooks.plateau("val/loss")',
-                )
-            )
-
-
-def _check_choice(key: str, given: object, *allowed: str) -> None:
-    if given not in allowed:
-        raise LimitError(
-            explain(
-                f"ft.hooks.plateau: {key}={given!r} is unknown.",
-                expected=" or ".join(map(repr, allowed)),
-                got=repr(given),
-                fix=f"{key}={allowed[0]!r}",
-            )
-        )
 
 
 def _check_factor(factor: object) -> None:
@@ -227,19 +139,3 @@ def _check_factor(factor: object) -> None:
                 fix="factor=0.1",
             )
         )
-
-
-def _check_numbers(whole: bool = True, **numbers: Any) -> None:
-    for key, number in numbers.items():
-        kinds = (int,) if whole else (int, float)
-        if isinstance(number, bool) or not isinstance(number, kinds) or not number >= 0:
-            expected = f"{'an integer' if whole else 'a number'} >= 0"
-            better = abs(int(number)) if isinstance(number, (int, float)) and math.isfinite(number) else 1
-            raise LimitError(
-                explain(
-                    f"ft.hooks.plateau: {key}={number!r} makes no sense.",
-                    expected=expected,
-                    got=repr(number),
-                    fix=f"{key}={better}",
-                )
-            )
