@@ -19,8 +19,10 @@ from .checkpoint import save as save
 from .inspect import check as check
 from .inspect import debug as debug
 from .inspect import deterministic as deterministic
+from .inspect import evaluate_checkpoints as evaluate_checkpoints
 from .inspect import replay as replay
 from .inspect import diff as diff
+from .inspect import summary as summary
 from .loops import Evaluator as Evaluator
 from .loops import Event as Event
 from .loops import Failure as Failure

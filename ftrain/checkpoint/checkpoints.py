@@ -17,14 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, CheckpointWarning, RestoreError, explain
-from ..loops import Position, Snapshot
+from ..errors import CheckpointError, CheckpointWarning, explain
+from ..loops import Snapshot
 from ..loops.units import Cadence, every
 from ..sinks import Record
 from ..state import TrainState
 from .entries import Entry
 from .journal import Journal
 from .keeping import Keep, keep
+from .resuming import damaged, read_run
 
 if TYPE_CHECKING:
     from .store import Store
@@ -307,7 +308,7 @@ class RunCheckpoints:
         """The step to go on with."""
         saved = self.store.saved
         for broken, cause in self.store.damaged.items():
-            raise _damaged(self.store, broken, saved, cause)
+            raise damaged(self.store, broken, saved, cause)
         if resume is None:
             if saved:
                 raise CheckpointError(
@@ -359,66 +360,12 @@ class RunCheckpoints:
         return step
 
     def _restore(self, step: int) -> Snapshot:
-        document = self.store.document(step)
-        run = document.get("run")
-        if run is None:
-            raise RestoreError(
-                explain(
-                    "this checkpoint holds a state, but no run that could go on.",
-                    where=f"{self.path}, step {step}",
-                    cause="it was written by ft.save",
-                    fix=f"state = ft.restore({self.path!r}, like=state); ft.fit(state, ..., checkpoint=ft.Checkpoints(other))",
-                )
-            )
-        differences = [
-            f"{name}: {there!r} in the checkpoint, {here!r} now"
-            for name, there, here in (
-                ("seed", run["seed"], self.like.counters().seed),
-                *(
-                    (f"data {name}", document["data"].get(name), self.about["data"].get(name))
-                    for name in dict.fromkeys((*document["data"], *self.about["data"]))
-                ),
-            )
-            if there != here
-        ]
-        rules, ours = document["optimizers"], self.about["optimizers"]
-        if rules and ours and rules != ours:  # none is known of a step that was written by hand
-            differences.append(f"optimizer: {', '.join(rules)} in the checkpoint, {', '.join(ours)} now")
-        report = self.store.compare(step, self.like)
-        if differences or not report.fits:
-            lines = [*differences, *report.differences()]
-            raise RestoreError(
-                explain(
-                    "the checkpoint is of another run: it cannot go on with this state and data.",
-                    where=f"{self.path}, step {step}",
-                    got="\n".join(lines),
-                    cause="another model, optimizer, dataset or seed than the one that was saved",
-                    fix="ft.Checkpoints(other_path)   # begin a new run, from ft.restore(path, like=..., strict=False) perhaps",
-                )
-            )
-        try:
-            state, plain = self.load(step), self.store.plain(step)
-        except CheckpointError as error:
-            raise _damaged(self.store, step, self.store.saved, str(error)) from error
-        self.size, self.written = run["journal"], run["records"]
-        records = self.journal.read(self.size)
+        found, self.size = read_run(self.store, self.journal, step, self.like, self.about)
+        self.written = len(found.records)
         self.journal.cut(self.size)
-        for record in records:
+        for record in found.records:
             self.names |= record.named().keys()
-        return Snapshot(state, Position.of(plain["position"]), plain["notes"], records, run["ended"])
-
-
-def _damaged(store: Store, step: int, saved: Sequence[int], cause: str) -> CheckpointError:
-    before = [one for one in saved if one < step]
-    return CheckpointError(
-        explain(
-            f"the run cannot go on with the checkpoint of step {step}, which is damaged.",
-            where=str(store.step_path(step)),
-            cause=cause.split("\n  fix:", maxsplit=1)[0],
-            fix=f"shutil.rmtree({str(store.step_path(step))!r})   # "
-            + (f"then it goes on with step {before[-1]}" if before else "there is no earlier one, so it begins anew"),
-        )
-    )
+        return found
 
 
 def _numbers(snapshot: Snapshot) -> dict[str, float]:

@@ -42,9 +42,10 @@ from .donation import carry, consume, overwrite
 from .packed import Packed
 from .regions import using
 from .rehearsal import Shapes, imitate, shapes
+from .watching import WATCHER
 from .wrap import check_level
 
-__all__ = ["CompiledStep", "Recompile", "Rung", "compile"]
+__all__ = ["CompiledStep", "Recompile", "Rung", "compile", "pieces"]
 
 Rung = Literal["step", "loss", "eager"]
 
@@ -198,10 +199,21 @@ class CompiledStep:
         """
         self._rehearsal = shapes
 
+    def plainly(self, state: TrainState, batch: Batch) -> Any:
+        """What the step gives, with nothing compiled and nothing donated; the programs that there are stay as they are."""
+        check_state(state, "a step")
+        check_batch(batch, state.device)
+        with seeded_by(state):
+            out = self.step(state, batch)
+        return _check_step_result(state, out) if _is_step_result(out) else out
+
     def __call__(self, state: TrainState, batch: Batch) -> Any:
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
                 return self(state, batch)
+        watcher = WATCHER.get()
+        if watcher is not None:
+            return watcher(self, state, batch)
         if self._programs:  # the way of every call but the first ones
             given = _as_leaves(state) if _LEAVES_OUTSIDE else state
             for program in self._programs:
@@ -558,3 +570,30 @@ def _as_leaves(state: TrainState) -> TrainState:
     if not isinstance(state, TrainState) or "params" not in state.__dict__:
         return state
     return state.replace(params={name: p.detach().requires_grad_() for name, p in state.params.items()})
+
+
+# -- what it would be cut into ----------------------------------------------------------------------------------------------
+
+
+def pieces(step: Callable[[TrainState, Batch], Any], state: TrainState, batch: Batch) -> list[torch.fx.GraphModule]:
+    """Run a step with the graphs that `torch.compile` makes of it where it may break off; give them, with why each one ended.
+
+    (`torch._dynamo.explain` tells the same, but throws away whatever else is compiled in the process.)
+
+    >>> import torch, ftrain as ft
+    >>> from ftrain.steps.compile import pieces
+    >>> model, tx = torch.nn.Linear(2, 1), ft.optim.sgd(0.1)
+    >>> step = ft.train_step(model, lambda model, batch: model(batch).mean(), tx)
+    >>> len(pieces(step, ft.init(model, tx), torch.ones(4, 2)))
+    1
+    """
+    found: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        found.append(graph)
+        return graph.forward  # type: ignore[no-any-return]  # a method, which nn.Module types as Any
+
+    # Each call is a program more for the user's functions in which it breaks off: no reason to stop tracing them.
+    with _tracing(), torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=10000):
+        torch.compile(_fresh(_region, _fn_=step), backend=keep)(state, batch)
+    return found

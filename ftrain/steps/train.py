@@ -22,6 +22,7 @@ from .loss_scale import with_loss_scale
 from .precision import with_precision
 from .remat import Modules, with_remat
 from .update import Update
+from .watching import WATCHER
 from .wrap import check_level, step_result
 
 __all__ = ["Stepped", "as_step", "make_step", "train_step"]
@@ -68,6 +69,10 @@ class Stepped:
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
                 return self(state, batch)
+        watcher = WATCHER.get()
+        if watcher is not None:
+            watched: tuple[TrainState, Metrics] = watcher(self, state, batch)
+            return watched
         check_state(state, "a train step")
         check_batch(batch, state.device)
         self.check(state, batch)

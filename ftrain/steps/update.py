@@ -129,8 +129,8 @@ class Update:
             key = rng.fold_in(key, number)
         return key
 
-    def changes(self, state: TrainState, batch: Batch, key: Tensor) -> tuple[dict[str, Any], dict[str, Metric]]:
-        """The fields of the state that the update changes, and the metrics."""
+    def arguments(self, state: TrainState) -> tuple[Params, dict[str, Any]]:
+        """What the gradient is taken with respect to, and what else it is given: `params` and `buffers` of the grad level."""
         old, others = state.params, {}
         if self._select is not None:
             old = self._chosen(state.params)
@@ -138,6 +138,11 @@ class Update:
         given: dict[str, Any] = {**state.frozen, **state.buffers, **others}
         for name in self.states:
             given[name] = state.extra[name]
+        return old, given
+
+    def changes(self, state: TrainState, batch: Batch, key: Tensor) -> tuple[dict[str, Any], dict[str, Metric]]:
+        """The fields of the state that the update changes, and the metrics."""
+        old, given = self.arguments(state)
         grads, loss, (metrics, new) = self.grad_fn(old, given, batch, key)
         finite = None
         for name in self.guards:

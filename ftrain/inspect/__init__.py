@@ -1,0 +1,8 @@
+"""Looking into a run: what it costs, what it computes, where it goes wrong.
+
+The names are in `__init__.pyi`; each is imported when touched, so no module here is called like a function.
+"""
+
+import lazy_loader as _lazy
+
+__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)

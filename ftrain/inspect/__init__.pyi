@@ -1,0 +1,17 @@
+from .checking import check as check
+from .checking import Checked as Checked
+from .checking import flops as flops
+from .checking import Spec as Spec
+from .debugging import debug as debug
+from .determinism import deterministic as deterministic
+from .differences import Change as Change
+from .differences import Diff as Diff
+from .differences import diff as diff
+from .following import evaluate_checkpoints as evaluate_checkpoints
+from .graphs import Break as Break
+from .live import Memory as Memory
+from .replaying import Replay as Replay
+from .replaying import replay as replay
+from .summaries import Row as Row
+from .summaries import Summary as Summary
+from .summaries import summary as summary
