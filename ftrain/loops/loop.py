@@ -345,9 +345,10 @@ def ready(state: TrainState, step: Any, data: Any, source: Epochs) -> TrainState
 
 def _give(tick: Tick) -> Generator[Tick, TrainState | None, TrainState]:
     """Yield a tick, again for each state that the consumer sends; gives the state with which to go on."""
+    held = tick.state
     sent = yield tick
     while sent is not None:
-        tick.state = _sent(sent, tick.state)
+        tick.state = held = _sent(sent, held)
         tick.step, _, tick.samples, _ = tick.state.counters()
         sent = yield tick
     return tick.state
