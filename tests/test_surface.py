@@ -9,8 +9,8 @@ import pytest
 import ftrain
 
 DOOR = """
-Checkpoints CompiledStep Evaluator Event Failure History Hook Outcome Policy Position Record Result Snapshot Tick TrainState Transform __version__ after as_step at bind
-checkpoint compile compose data errors eval_step evaluate every fit hooks init keep loop loops lr_find make_step make_update metrics on once optim predict
+Checkpoints CompiledStep Evaluator Event Failure History Hook Outcome Policy Position Record Result Snapshot Tick TrainState Transform __version__ after as_step at auto_accumulate bind
+checkpoint compile compose data errors eval_step evaluate evaluate_checkpoints every fit hooks init keep loop loops lr_find make_step make_update metrics on once optim predict
 predict_step restore rng save schedules sinks testing to_module train_step tree tune types until update_bn value_and_grad when with_accumulation
 with_ema with_float8 with_grad_stats with_loss_scale with_mask with_precision with_remat with_sam with_skip with_swa write_predictions
 """
@@ -27,13 +27,14 @@ INSIDE = {
     "from_torch global_norm identity inject lamb lbfgs lion make masked master_weights metrics muon nadam "
     "no_bias_or_norm optimizers partition radam rmsprop rprop scale scale_by_learning_rate scale_by_schedule "
     "schedules select set_to_zero sgd skip_nonfinite stochastic_rounding",
-    "ftrain.loops.hooks": "device_stats garbage_collection learning_rate nonfinite plateau prune swap_average throughput timer unfreeze",
+    "ftrain.loops.hooks": "device_stats early_stop garbage_collection learning_rate nonfinite plateau prune spike_guard swap_average "
+    "throughput timer unfreeze",
     "ftrain.optim.schedules": "ScheduleFn constant cosine cosine_restarts cyclic exponential from_torch inverse_sqrt join linear "
     "multi_step one_cycle piecewise_constant piecewise_interpolate polynomial step warmup warmup_cosine warmup_stable_decay",
     "ftrain.rng": "Isolated bernoulli bits fold_in fold_in_host key normal permutation randint seeded split uniform",
     "ftrain.metrics": "Collect Last Max Mean Metric Min Perplexity Sum accuracy normalise perplexity",
     "ftrain.sinks": "History Progress Record console",
-    "ftrain.tune": "LrCurve lr_find",
+    "ftrain.tune": "AutoAccumulated LrCurve auto_accumulate lr_find",
     "ftrain.testing": "LawError check_compiled check_donation check_moves check_pure check_random check_recompiles check_step "
     "check_structure",
 }
