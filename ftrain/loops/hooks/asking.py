@@ -6,8 +6,7 @@ import math
 from typing import Any
 
 from ...errors import LimitError, explain
-from ..units import Cadence
-from ..units import every as every_
+from ..units import Cadence, every
 
 __all__ = ["cadence", "positive"]
 
@@ -23,7 +22,7 @@ def cadence(given: Any, who: str, *, steps: int = 50, argument: str = "every") -
     every(steps=50)
     """
     if given is None:
-        return every_(steps=steps)
+        return every(steps=steps)
     if not isinstance(given, Cadence):
         raise LimitError(
             explain(

@@ -9,8 +9,8 @@ import torch
 from ...errors import ArgumentError, HookError, explain
 from ...state import TrainState
 from ...steps.average import Average, averaged
+from .. import events
 from ..events import CHANGES, Event
-from ..events import on as on_
 from ..units import Cadence
 
 __all__ = ["swap_average"]
@@ -74,4 +74,4 @@ def swap_average(average: str = "ema", *, on: str | Cadence = "end") -> Any:
             buffers={name: torch.where(some, buffers[name], leaf) for name, leaf in state.buffers.items()},
         )
 
-    return on_(on, swap)
+    return events.on(on, swap)

@@ -118,8 +118,8 @@ def prune(
             else:
                 new = _split(~smallest(torch.cat([size.flatten() for size in sizes.values()]), part), sizes)
         masks = {**state.extra[mask], **new}
-        left = torch.stack([own.sum() for own in new.values()]).sum()
-        sparsity = 1.0 - left.to(torch.float64) / sum(own.numel() for own in new.values())
+        gone = torch.stack([(~own).sum() for own in new.values()]).sum()
+        sparsity = gone.to(torch.float64) / sum(own.numel() for own in new.values())
         changed = state.replace(params=masked_params(state.params, masks), extra={**state.extra, mask: masks})
         return Outcome(changed, {"sparsity": sparsity})
 
