@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .. import tree
-from ..data import Epochs
 from ..data.window import ungrouped
 from ..errors import DataError, LimitError, explain
 from ..state import TrainState

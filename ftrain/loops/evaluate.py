@@ -182,6 +182,7 @@ def run(
     step: CompiledStep,
     source: Epochs,
     name: str = "ft.evaluate",
+    *,
     signals: Signals | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:

@@ -183,12 +183,12 @@ def fit(
         elif not donate:
             state = state.copy()
         begin = state.counters().step - (0 if found is None else found.position.clock.steps)
-        session.progress = _progress(progress, begin, limits, source)
+        session.told.progress = _progress(progress, begin, limits, source)
         with session.signals, streams:
             state, status = session.drive(state, compiled, source, limits, found)
             if session.saver is not None:
                 session.saver.wait()  # under our handlers still: a second SIGTERM would end the process in the middle of a save
-        return Result(state, History(session.records), status)
+        return Result(state, History(session.told.records), status)
     except BaseException as error:
         status, failed = "interrupted" if isinstance(error, KeyboardInterrupt) else "error", True
         session.fail(error, given)

@@ -76,7 +76,7 @@ class Limits(NamedTuple):
                 )
             )
         if at_least is not None:
-            _check_order(at_least, epochs, steps, until, data.length, what)
+            _check_order(at_least, cls(epochs, steps, until), data.length, what)
             at_least = at_least.bound(data.length, tokens, what)
         return cls(epochs, steps, None if until is None else until.bound(data.length, tokens, what), at_least)
 
@@ -91,10 +91,25 @@ class Limits(NamedTuple):
         return None
 
 
-def _check_order(
-    at_least: Cadence, epochs: int | None, steps: int | None, until: Cadence | None, length: int | None, what: str
-) -> None:
+def _check_order(at_least: Cadence, limits: Limits, length: int | None, what: str) -> None:
     """Raise where a run would be over before it has done what it has to do at least."""
+    most = _most(limits, length)
+    for unit, least in at_least.amounts():
+        if unit in most and least > most[unit][0]:
+            raise LimitError(
+                explain(
+                    f"{what}: the limits contradict each other.",
+                    expected="at_least= below what ends the run",
+                    got=f"at_least={at_least!r}, and {most[unit][1]}"
+                    + (f" with {length} steps an epoch" if unit not in most[unit][1] else ""),
+                    fix=f"{what}(state, step, data, at_least=ft.until({unit}={most[unit][0]:g}))",
+                )
+            )
+
+
+def _most(limits: Limits, length: int | None) -> dict[str, tuple[float, str]]:
+    """How much a run may do, by unit, and which limit says so."""
+    epochs, steps, until = limits.epochs, limits.steps, limits.until
     most: dict[str, tuple[float, str]] = {}
     alternatives = [until] if until is not None else []
     while alternatives:  # of what is joined by "or", the first that is reached ends the run
@@ -116,23 +131,9 @@ def _check_order(
     if "steps" in most and length is not None:
         _note(most, "epochs", most["steps"][0] / length, most["steps"][1])
         _note(most, "fraction", most["steps"][0] / length, most["steps"][1])
-    for unit, least in at_least.amounts():
-        if unit in most and least > most[unit][0]:
-            raise LimitError(
-                explain(
-                    f"{what}: the limits contradict each other.",
-                    expected="at_least= below what ends the run",
-                    got=f"at_least={at_least!r}, and {most[unit][1]}"
-                    + (f" with {length} steps an epoch" if unit not in most[unit][1] else ""),
-                    fix=f"{what}(state, step, data, at_least=ft.until({unit}={_shown(most[unit][0])}))",
-                )
-            )
+    return most
 
 
 def _note(most: dict[str, tuple[float, str]], unit: str, n: float, whose: str) -> None:
     if unit not in most or n < most[unit][0]:
         most[unit] = n, whose
-
-
-def _shown(n: float) -> str:
-    return f"{n:g}" if n < 1e6 else str(int(n))

@@ -111,6 +111,8 @@ class _Run:
     begin: Counters  # of the state when the run began, in whichever process that was
     started: float
     done: int = 0  # epochs completed in this run
+    tokens: Callable[[Any], int] | None = None  # of a batch
+    words: int = 0  # tokens seen in this run
     feed: Feed | None = None
     next: dict[str, Any] = field(default_factory=dict)  # where the epoch after the one that is over begins
     left: Mapping[str, Any] | Exception | None = (
@@ -118,10 +120,16 @@ class _Run:
     )
 
     @classmethod
-    def of(cls, source: Epochs, now: Counters, clock: Clock) -> _Run:
+    def of(cls, source: Epochs, now: Counters, clock: Clock, tokens: Callable[[Any], int] | None) -> _Run:
         """The run of a state with these counters that has done so much since it began."""
         begin = Counters(now.step - clock.steps, now.epoch - clock.epochs, now.samples - clock.samples, now.seed)
-        return cls(source, begin, time.perf_counter() - clock.seconds, clock.epochs)
+        return cls(source, begin, time.perf_counter() - clock.seconds, clock.epochs, tokens, clock.tokens)
+
+    def count(self, batch: Any) -> int:
+        """How many samples the batch has that is due; its tokens are counted, too."""
+        if self.tokens is not None:
+            self.words += count_tokens(self.tokens, batch)
+        return count_samples(batch)
 
     def clock(self, tick: Tick) -> Clock:
         return Clock(
@@ -230,8 +238,8 @@ def loop(
     limits = Limits(1, None, None) if endless else Limits.of(epochs, steps, until, source, "ft.loop", tokens=counted)
     position = Position(begin.epoch) if start is None else check_position(start, begin, "ft.loop")
     state = ready(state, step, data, source)
-    run = _Run.of(source, begin, position.clock)
-    return _closed(_run(state, step, run, limits, position, tokens, epoch_ends=epoch_ends), source)
+    run = _Run.of(source, begin, position.clock, tokens)
+    return _closed(_run(state, step, run, limits, position, epoch_ends=epoch_ends), source)
 
 
 def _closed(ticks: Ticks, source: Epochs) -> Ticks:
@@ -248,14 +256,13 @@ def _run(
     run: _Run,
     limits: Limits,
     position: Position,
-    tokens: Callable[[Any], int] | None,
     *,
     epoch_ends: bool,
 ) -> Ticks:
     call = step if isinstance(step, (CompiledStep, Stepped)) else _seeded(step)
     source, device = run.source, state.device
     count, _, samples, _ = state.counters()
-    waited, fresh, words = 0.0, True, position.clock.tokens
+    waited, fresh = 0.0, True
     now, reached = _asked(limits, source, position)
     place = position.data
     if reached is not None:
@@ -267,9 +274,7 @@ def _run(
         run.left, whole, read = None, False, feed.read
         try:
             for batch in feed:
-                size = count_samples(batch)
-                if tokens is not None:
-                    words += count_tokens(tokens, batch)
+                size = run.count(batch)
                 state, metrics = _result(call(state, batch))
                 if fresh:
                     _check(like, state)
@@ -278,7 +283,7 @@ def _run(
                 samples += size
                 read = feed.read
                 tick = Tick(
-                    state, metrics, count, epoch, samples, feed.read - 1, waited + feed.waited, False, words, run
+                    state, metrics, count, epoch, samples, feed.read - 1, waited + feed.waited, False, run.words, run
                 )
                 state = yield from _give(tick)
                 count, samples = tick.step, tick.samples
@@ -301,7 +306,7 @@ def _run(
             raise DataError(_empty(epoch, run.done, source))
         run.done += 1
         state = state.next_epoch()
-        tick = Tick(state, {}, count, epoch, samples, feed.read - 1, waited, True, words, run)
+        tick = Tick(state, {}, count, epoch, samples, feed.read - 1, waited, True, run.words, run)
         if epoch_ends:
             state = yield from _give(tick)
             count, samples = tick.step, tick.samples

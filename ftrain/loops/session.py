@@ -6,6 +6,7 @@ Law: a session that took over another's snapshot does what that one would have d
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,21 +15,21 @@ from typing import Any
 from .. import rng
 from ..data import Epochs
 from ..errors import LossError, explain
-from ..sinks import History, Progress, Record
+from ..sinks import History, Record
 from ..state import TrainState
 from ..steps.compile import CompiledStep
-from ..metrics import Metric
 from ..types import Saver
 from .calling import Hooks
 from .evaluate import Prepared, Stopped, run, with_params
 from .events import Event
+from .failing import annotate, newest, note, put, valid
 from .limits import Limits
 from .loop import Tick, loop
-from .meter import Meter, pack_metrics, unpack_metrics
+from .meter import pack_metrics, unpack_metrics
 from .position import Position
+from .recording import Recorder
 from .signals import Signals
 from .snapshot import Failure, Snapshot
-from .spent import Spent
 from .units import Cadence, Clock, Moment, bounds
 
 __all__ = ["Session"]
@@ -54,22 +55,15 @@ class Session:
         at_least: Cadence | None = None,
         tokens: Callable[[Any], int] | None = None,
     ) -> None:
-        self.log, self.evaluators, self.hooks, self.sinks = log, evaluators, hooks, sinks
+        self.log, self.evaluators, self.hooks, self.told = log, evaluators, hooks, Recorder(sinks)
         self.every, self.signals, self.streams = snapshot, signals, streams
         self.at_least, self.tokens = at_least, tokens
         self.saver: Saver | None = None
         self.saving: Cadence | None = None  # when the saver saves
-        self.progress: Progress | None = None
-        self.records: list[Record] = []
-        self.meter = Meter()
-        self.extra: dict[str, Any] = {}  # numbers from hooks, for the next record
         self.held: str | None = None  # a hook's reason to stop, until the run has done what it does at least
-        self.spent = Spent()
-        self.recorded_at = 0.0  # the second of the last record of training
         self.began = time.perf_counter()
         self.begin = (0, 0)  # the state's counts of steps and samples when the run began
         self.done = 0  # epochs completed in this run
-        self.waited = 0.0  # seconds spent waiting for data up to the last record
         self.asked: Clock | None = None  # when the cadences were last asked
         self.due = 0.0  # the first step at which one of them may fire, or a hook that is not called at every step
         self.due_at = math.inf  # the first second at which one may that waits for the time
@@ -118,16 +112,15 @@ class Session:
         signalled = self.signals.reason is not None and reason == self.signals.reason
         if self.saver is not None and (self.saver.on_signal or not signalled):
             # A limit is looked at anew by whoever goes on; what a hook or the data said holds.
-            with self.spent.on("checkpoint"):
+            with self.told.spent.on("checkpoint"):
                 saved = self.save(self.snapshot(None if signalled else self.ended))
             if saved:
                 self.look(state, "saved", tick)
-        last = History(self.records).last()
+        last = History(self.told.records).last()
         if self.hooks.listens("end", self.clock(tick)):
             state, _ = self.happens(tick, state, "end", metrics=last, reason=reason)
         for record in self.record(tick):
-            self.records.append(record)
-            self.emit(record)
+            self.told.add(record)
         return state, reason
 
     def rehearse(self, state: TrainState) -> bool:
@@ -144,7 +137,7 @@ class Session:
     def evaluate(self, state: TrainState, name: str, one: Prepared) -> dict[str, Any]:
         """What one evaluator gives; raises where the run depends on a metric that is not among it."""
         own = with_params(state, one.step, one.params, f"the evaluator {name!r}")
-        metrics = run(own, one.step, one.source, f"the evaluator {name!r}", self.signals, one.limit)
+        metrics = run(own, one.step, one.source, f"the evaluator {name!r}", signals=self.signals, limit=one.limit)
         if self.saver is not None:
             self.saver.check_metrics(name, metrics)
         return metrics
@@ -168,9 +161,9 @@ class Session:
         )
         begin, add, steady, show, signals = (
             self.begin[0],
-            self.meter.add,
+            self.told.meter.add,
             self.hooks.steady,
-            self.progress,
+            self.told.progress,
             self.signals,
         )
         refresh = math.inf if show is None else time.perf_counter()
@@ -218,7 +211,7 @@ class Session:
             hooked: what the first hooks gave, where another session had come so far.
         """
         now, before = self.clock(tick), self.asked
-        self.attending, self.hooked, self.before = kind, hooked, (self.extra, self.hooks.before)
+        self.attending, self.hooked, self.before = kind, hooked, (self.told.extra, self.hooks.before)
         due = kind != "step" or hooked is not None or now.steps >= self.due or now.seconds >= self.due_at
         if tick.ran():  # else the session before has found out
             self.final = due and kind == "step" and self.depends(before, now) and tick.last()
@@ -228,26 +221,25 @@ class Session:
                 hooked = self.happens(tick, tick.state, kind, metrics=tick.metrics)
                 now = self.clock(tick)
             self.hooks.passed(now)
-            self.hooked, self.before = hooked, (self.extra, self.hooks.before)
+            self.hooked, self.before = hooked, (self.told.extra, self.hooks.before)
         state, stop = hooked
         if not due and stop is None:  # a hook that is called at every step was, and that was all
             self.attending, tick.state = None, state
             return state, None
-        return self.evaluated(tick, kind, before, now, state, stop)
+        return self.evaluated(tick, kind, before, now, hooked)
 
-    def evaluated(
-        self, tick: Tick, kind: str, before: Clock | None, now: Clock, state: TrainState, stop: str | None
-    ) -> Attended:
+    def evaluated(self, tick: Tick, kind: str, before: Clock | None, now: Clock, hooked: Attended) -> Attended:
         """The second half of `attend`: from the evaluation on."""
+        state, stop = hooked
         due = {name: one for name, one in self.evaluators.items() if one.every.fires(before, now)}
-        if due and self.progress is not None and before is not None:
-            self.progress.refresh(tick.step, self.epochs(tick), tick.samples, now.seconds)
+        if due and self.told.progress is not None and before is not None:
+            self.told.progress.refresh(tick.step, self.epochs(tick), tick.samples, now.seconds)
         results: list[Record] = []
         try:
-            with self.spent.on("evaluation"):
+            with self.told.spent.on("evaluation"):
                 for name, one in due.items():
                     metrics = self.evaluate(state, name, one)
-                    results.append(self.told(tick, name, metrics))
+                    results.append(self.tell(tick, name, metrics))
         except Stopped:  # by a signal: whoever goes on begins with the evaluation
             return state, self.signals.reason
         if results and self.hooks.listens("evaluation", now):
@@ -255,18 +247,18 @@ class Session:
             state, why = self.happens(tick, state, "evaluation", metrics=named)
             now, stop = self.clock(tick), stop or why
         records = self.recorded(tick, kind, before, now) + results
-        self.records.extend(records)
+        self.told.records.extend(records)
         stop = self.hold(stop, before, now)
         self.attending, self.ended = None, stop
         tick.state = state
         self.asked = now
-        with self.spent.on("checkpoint"):
+        with self.told.spent.on("checkpoint"):
             saved = self.preserve(tick, kind, before, now, stop)
         if saved:
             self.look(state, "saved", tick)
         self.plan(now)
         for record in records:
-            self.emit(record)
+            self.told.emit(record)
         return state, stop
 
     def timed(self) -> bool:
@@ -314,17 +306,14 @@ class Session:
 
     def happens(self, tick: Tick, state: TrainState, kind: str, **about: Any) -> Attended:
         """Call the hooks; where one goes back to an earlier state, the steps in between did not happen."""
-        with self.spent.on("hooks"):
+        with self.told.spent.on("hooks"):
             new, metrics, stop = self.hooks(state, self.event(kind, tick, **about))
         if metrics:
-            numbers = {name: value for name, value in metrics.items() if not isinstance(value, Metric)}
-            self.extra = self.extra | numbers
-            if len(numbers) < len(metrics):
-                self.meter.tell({name: value for name, value in metrics.items() if name not in numbers})
+            self.told.take(metrics)
         if new is not state:
             step, _, samples, _ = new.counters()
             if step < tick.step:
-                self.meter.drop(tick.step - step)
+                self.told.meter.drop(tick.step - step)
             tick.step, tick.samples = step, samples
         return new, stop
 
@@ -332,7 +321,7 @@ class Session:
         """Call the hooks that want to see this; they cannot change anything."""
         if self.hooks.listens(kind, self.clock(tick)):
             path = None if self.saver is None else self.saver.path
-            with self.spent.on("hooks"):
+            with self.told.spent.on("hooks"):
                 self.hooks(state, self.event(kind, tick, path=path, **about))  # type: ignore[arg-type]
 
     def event(self, kind: str, tick: Tick, *, metrics: Mapping[str, Any] | None = None, **about: Any) -> Event:
@@ -351,27 +340,11 @@ class Session:
 
     def record(self, tick: Tick) -> list[Record]:
         """Bring the metrics since the last record to the host."""
-        if not self.meter and not self.extra:
-            return []
-        metrics = {**self.meter.fetch(), **self.extra}
-        waited, self.waited = tick.waited - self.waited, tick.waited
-        self.extra = {}
-        now, before = self.seconds(), self.recorded_at
-        self.recorded_at = now
-        spent = self.spent.taken(waited, now - before)
-        return [self.told(tick, "train", metrics, waited=waited, spent=spent)]
+        return self.told.make(functools.partial(self.tell, tick, "train"), tick.waited, self.seconds())
 
-    def told(self, tick: Tick, split: str, metrics: Mapping[str, Any], **more: Any) -> Record:
+    def tell(self, tick: Tick, split: str, metrics: Mapping[str, Any], **times: Any) -> Record:
         epochs, seconds = self.epochs(tick), self.seconds()
-        return Record(tick.step, epochs, tick.samples, seconds, split, metrics, tokens=tick.tokens, **more)
-
-    def emit(self, record: Record) -> None:
-        if self.progress is not None:
-            self.progress.record(record)
-        if self.sinks:
-            with self.spent.on("sinks"):
-                for sink in self.sinks:
-                    sink(record)
+        return Record(tick.step, epochs, tick.samples, seconds, split, metrics, tokens=tick.tokens, **times)
 
     def depends(self, before: Clock | None, now: Clock) -> bool:
         """Whether something is due that waits for the epoch's end where this is its last step."""
@@ -388,7 +361,7 @@ class Session:
         """The run as it is now. What is happening at this tick, if anything is, will be done again by whoever goes on."""
         tick = self.tick
         assert tick is not None, "a run has a tick from its start on"
-        extra, hooks = (self.extra, self.hooks.before) if self.attending is None else self.before
+        extra, hooks = (self.told.extra, self.hooks.before) if self.attending is None else self.before
         state, pending = tick.state, None
         if self.attending is not None:
             pending = {"kind": self.attending, "metrics": pack_metrics(tick.metrics), "final": self.final}
@@ -397,21 +370,17 @@ class Session:
                 state, pending["stop"] = self.hooked
         asked = self.asked
         notes = {
-            "meter": self.meter.plain(),
-            "extra": dict(extra),
+            "told": self.told.plain(extra, tick.waited),
             "asked": None if asked is None else asked._asdict(),
             "hooks": None if hooks is None else hooks._asdict(),
             "held": self.held,
-            "spent": self.spent.plain(),
-            "recorded": self.recorded_at,
             "owed": self.owed,
-            "waited": tick.waited - self.waited,
             "streams": self.streams.state(),
             "pending": pending,
             "begin": list(self.begin),
             "shapes": self.step.shapes() if isinstance(self.step, CompiledStep) else [],
         }
-        return Snapshot(state, self.position(tick), notes, self.records, ended)
+        return Snapshot(state, self.position(tick), notes, self.told.records, ended)
 
     def take_over(self, found: Snapshot) -> tuple[TrainState, str | None]:
         """Go on where another session was; gives the state and, where that one was at its end, the reason."""
@@ -419,13 +388,10 @@ class Session:
         device = found.state.device
         self.begin = (counters.step - clock.steps, counters.samples - clock.samples)
         self.done, self.began = clock.epochs, time.perf_counter() - clock.seconds
-        self.records, self.extra = list(found.records), dict(notes["extra"])
-        self.meter.take(notes["meter"], device)
+        self.told.resume(notes["told"], found.records, device)
         self.asked = None if notes["asked"] is None else Clock(**notes["asked"])
         self.hooks.passed(None if notes["hooks"] is None else Clock(**notes["hooks"]))
-        self.held, self.recorded_at = notes["held"], notes["recorded"]
-        self.spent.take(notes["spent"])
-        self.owed, self.waited, self.unchecked = notes["owed"], -notes["waited"], clock.steps == 0
+        self.owed, self.held, self.unchecked = notes["owed"], notes["held"], clock.steps == 0
         self.streams.take(notes["streams"])
         self.saved = counters.step
         if isinstance(self.step, CompiledStep):
@@ -481,12 +447,13 @@ class Session:
 
     def fail(self, error: BaseException, given: TrainState | None) -> None:
         """Let an exception carry the newest state that is valid; and save it, where that is asked for."""
-        self.note(error, given)
         tick = self.tick
+        note(error, tick, given)
         if tick is None:
             return
         self.settle(error)
-        failure = self.newest(tick, given, self.where(tick))
+        found = {"unchecked": self.unchecked, "kept": self.kept, "saver": self.saver, "given": given}
+        failure = newest(tick, self.where(tick), **found)  # type: ignore[arg-type]
         if self.saver is not None and self.saver.on_exception and isinstance(error, Exception):
             shot = self.rescued(error, failure)
             if shot is not None and (self.saved is None or shot.state.counters().step >= self.saved):
@@ -523,25 +490,6 @@ class Session:
             annotate(error, f"ftrain: the checkpoint of step {self.saved} could not be written: {second}")
             self.saved = self.saver.newest()
 
-    def newest(self, tick: Tick, given: TrainState | None, where: tuple[int, int, int]) -> Failure:
-        """The newest state there is."""
-        state = tick.state
-        if not self.unchecked and valid(state):
-            return Failure("step", lambda: state, tick.step, where)
-        saver = self.saver
-        saved = None if saver is None else saver.newest()
-        kept = self.kept
-        if kept is not None and (saved is None or kept.state.counters().step >= saved):
-            return Failure("snapshot", lambda: kept.state, kept.state.counters().step, where)
-        if saver is not None and saved is not None:
-            step = saved
-            found = Failure("checkpoint", lambda: saver.load(step), saved, where)
-            found.path = saver.path
-            return found
-        if given is not None:
-            return Failure("start", lambda: given, given.counters().step, where)
-        return Failure(None, None, None, where)
-
     def rescued(self, error: Exception, failure: Failure) -> Snapshot | None:
         """What to save of a run that failed."""
         if isinstance(error, LossError):
@@ -551,17 +499,6 @@ class Session:
         if failure.origin != "step":
             return None
         return self.snapshot(self.ended)
-
-    def note(self, error: BaseException, given: TrainState | None) -> None:
-        """Say where it happened (PEP 678)."""
-        tick = self.tick
-        if tick is None or tick.batch < 0:
-            where = "before the first step was complete"
-        else:
-            batch = "the end of the epoch" if tick.end else f"batch {tick.batch}"
-            where = f"after step {tick.step} was complete (epoch {tick.epoch}, {batch})"
-        kept = "was given away (donate=True)" if given is None else "is unchanged"
-        annotate(error, f"ftrain: raised in ft.fit, {where}. The state given to ft.fit {kept}.")
 
     def close(self, status: str, *, failed: bool) -> None:
         """Close what can be closed, each whatever the others do; the first failure is raised."""
@@ -573,7 +510,7 @@ class Session:
                 failures.append(error)
         for evaluator in self.evaluators.values():
             evaluator.source.close()
-        for one in (self.progress, *self.sinks):
+        for one in (self.told.progress, *self.told.sinks):
             close = getattr(one, "close", None)
             if close is not None:
                 try:
@@ -586,18 +523,3 @@ class Session:
                 state = tick.state
                 put(failures[0], "ftrain", Failure("step", lambda: state, tick.step, self.where(tick)))
             raise failures[0]
-
-
-def valid(state: TrainState) -> bool:
-    """Whether a state's memory is its own still."""
-    return "_donated_at" not in state.__dict__ and state._version == state.step._version
-
-
-def put(error: BaseException, name: str, value: Any) -> None:
-    """Set an attribute, also of an exception whose class refuses that (a frozen dataclass)."""
-    BaseException.__setattr__(error, name, value)
-
-
-def annotate(error: BaseException, note: str) -> None:
-    """`add_note` for any exception."""
-    put(error, "__notes__", [*getattr(error, "__notes__", ()), note])
