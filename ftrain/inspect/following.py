@@ -160,7 +160,7 @@ class _Work:
         for name, one in self.ready.items():
             what = f"the evaluator {name!r}"
             state = with_params(found.state, one.step, one.params, what)
-            metrics = run(state, one.step, one.source, what, signals, one.limit)
+            metrics = run(state, one.step, one.source, what, signals=signals, limit=one.limit)
             about = counters.epoch, counters.samples, found.clock.seconds, name, metrics
             records.append(Record(found.step, *about, tokens=found.clock.tokens))
         return records
