@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import tree
-from ..errors import LimitError, MetricError, StateError, explain
+from ..errors import ArgumentError, LimitError, MetricError, StateError, explain
 from ..metrics import Last, Metric, normalise
 from ..optim.guard import all_finite, select
 from ..state import TrainState
@@ -256,7 +256,15 @@ def with_skip(
     """
     check_level(step, "step", "ft.with_skip")
     check_name(name, "ft.with_skip")
-    check_name(monitor, "ft.with_skip")
+    if not isinstance(monitor, str) or not monitor:
+        raise ArgumentError(
+            explain(
+                f"ft.with_skip: monitor={monitor!r} is no name.",
+                expected="a str, the name of a metric of the step",
+                got=type(monitor).__name__,
+                fix='monitor="loss"',
+            )
+        )
     rule = make_rule("ft.with_skip", window=window, factor=factor, warmup=warmup, atol=atol, nonfinite=nonfinite)
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise LimitError(
