@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ftrain as ft
 from ftrain import errors
@@ -515,3 +516,45 @@ def test_bad_input(case: str) -> None:
     make_it, kind, text = BAD[case]
     with pytest.raises(kind, match=text):
         make_it()
+
+
+class Reads(TorchDispatchMode):
+    """Counts what is read on the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scope", ["global", "leaf", "2:4"])
+def test_nothing_is_read_from_the_device(scope: str) -> None:
+    tx = ft.optim.freezable(ft.optim.adamw(1e-2), "body.*")
+    step, state = make(tx, lambda step: ft.with_ema(ft.with_mask(step, "*.weight")))
+    amount: Any = scope if ":" in scope else lambda step: step / 10
+    hooks = ft.loops.calling.Hooks(
+        [
+            ft.hooks.unfreeze({"body.*": ft.at(2)}),
+            ft.hooks.prune(amount, when=ft.at(2), scope="global" if ":" in scope else scope),
+            ft.hooks.swap_average("ema", on=ft.at(2)),
+        ]
+    )
+    state = step(state, DATA[0])[0]
+    state.counters()
+    hooks.passed(ft.loops.Clock(steps=1))
+    with Reads() as reads:
+        after = hooks(state, ft.Event("step", 2, 0, 12, ft.loops.Clock(steps=2))).state
+        assert not reads.count
+        float(after.params["head.weight"].sum())
+    assert reads.count == 1, "the test would not see a read"
+    assert bits(after.opt.active) != bits(state.opt.active)
+
+
+def test_what_is_masked_goes_before_a_weight_that_happens_to_be_zero() -> None:
+    model, tx = nn.Linear(4, 1, bias=False), ft.optim.sgd(0.0)
+    step = ft.with_mask(ft.train_step(model, lambda model, batch: model(batch).square().mean(), tx))
+    state = ft.init(model, tx).replace(params={"weight": torch.tensor([[0.0, 0.0, 3.0, 4.0]])})
+    state = state.replace(extra={"mask": {"weight": torch.tensor([[True, False, True, True]])}})
+    after = run(step, state, [ft.hooks.prune(0.25, when=ft.at(0))]).state.extra["mask"]["weight"]
+    assert after.tolist() == [[True, False, True, True]]
