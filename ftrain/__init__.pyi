@@ -20,6 +20,7 @@ from .inspect import check as check
 from .inspect import debug as debug
 from .inspect import deterministic as deterministic
 from .inspect import evaluate_checkpoints as evaluate_checkpoints
+from .inspect import profile as profile
 from .inspect import replay as replay
 from .inspect import diff as diff
 from .inspect import summary as summary

@@ -12,7 +12,7 @@ DOOR = """
 Checkpoints CompiledStep Evaluator Event Failure History Hook Outcome Policy Position Record Result Snapshot Tick TrainState Transform __version__ after as_step at auto_accumulate bind
 checkpoint compile compose data errors eval_step evaluate evaluate_checkpoints every fit hooks init keep loop loops lr_find make_step make_update metrics on once optim predict
 predict_step restore rng save schedules sinks testing to_module train_step tree tune types until update_bn value_and_grad when with_accumulation
-with_ema with_float8 with_grad_stats with_loss_scale with_mask with_precision with_remat with_sam with_skip with_swa write_predictions
+with_ema with_float8 with_grad_stats with_loss_scale with_mask with_precision with_remat with_sam with_skip with_swa write_predictions debug deterministic profile replay inspect
 """
 INSIDE = {
     "ftrain.checkpoint": "Checkpoints Entry Keep Report best compare from_safetensors from_torch info keep position restore save "
@@ -32,6 +32,7 @@ INSIDE = {
     "ftrain.optim.schedules": "ScheduleFn constant cosine cosine_restarts cyclic exponential from_torch inverse_sqrt join linear "
     "multi_step one_cycle piecewise_constant piecewise_interpolate polynomial step warmup warmup_cosine warmup_stable_decay",
     "ftrain.rng": "Isolated bernoulli bits fold_in fold_in_host key normal permutation randint seeded split uniform",
+    "ftrain.inspect": "Break Change Checked Diff Memory Replay Row Spec Split Summary check debug deterministic diff evaluate_checkpoints flops profile replay split summary",
     "ftrain.metrics": "Collect Last Max Mean Metric Min Perplexity Sum accuracy normalise perplexity",
     "ftrain.sinks": "History Progress Record console",
     "ftrain.tune": "AutoAccumulated LrCurve auto_accumulate lr_find",

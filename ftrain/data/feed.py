@@ -12,6 +12,7 @@ Laws
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from .batches import to_device
 from .copier import Copier, copier_for
 from .reader import Reader
+from .spans import LISTENER
 
 __all__ = ["Feed"]
 
@@ -71,6 +73,13 @@ class Feed(Iterator[Any]):
         self.waited = 0.0
 
     def __next__(self) -> Any:
+        listener = LISTENER.get()
+        if listener is not None:
+            with listener("data"):
+                return self._next()
+        return self._next()
+
+    def _next(self) -> Any:
         if self._copier is not None:
             batch = self._copied(self._copier)
         else:
@@ -91,11 +100,13 @@ class Feed(Iterator[Any]):
         ahead = self._ahead
         if ahead is not _NOTHING:
             return not isinstance(ahead, StopIteration)
-        began = perf_counter()
-        try:
-            return self._reader.more()
-        finally:
-            self.waited += perf_counter() - began
+        listener = LISTENER.get()
+        with nullcontext() if listener is None else listener("data"):
+            began = perf_counter()
+            try:
+                return self._reader.more()
+            finally:
+                self.waited += perf_counter() - began
 
     @property
     def steady(self) -> bool:

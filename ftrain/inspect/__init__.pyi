@@ -15,3 +15,6 @@ from .replaying import replay as replay
 from .summaries import Row as Row
 from .summaries import Summary as Summary
 from .summaries import summary as summary
+from .profiling import profile as profile
+from .splitting import Split as Split
+from .splitting import split as split

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import tree
 from ..errors import ArgumentError, explain
-from ..loops.session import annotate
+from ..loops.failing import annotate
 from ..state import TrainState
 from ..steps.compile import CompiledStep
 from ..steps.watching import Watcher, watching

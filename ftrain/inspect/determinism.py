@@ -94,7 +94,7 @@ def _switches() -> dict[str, Any]:
             torch.is_deterministic_algorithms_warn_only_enabled(),
         ),
         "cudnn": (torch._C._get_cudnn_deterministic(), torch._C._get_cudnn_benchmark()),
-        "fill": torch.utils.deterministic.fill_uninitialized_memory,
+        "fill": torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]  # of the module's class
         "cublas": os.environ.get(_CUBLAS),
     }
 
@@ -115,7 +115,7 @@ def _set(switches: dict[str, Any]) -> None:
 
 
 def _cuda_in_use() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def _too_late(found: str | None) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from time import perf_counter
+from typing import Any
+
+from ..data.spans import LISTENER
 
 __all__ = ["PARTS", "Spent"]
 
@@ -25,6 +28,7 @@ class Spent:
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._part = ""
         self._began = 0.0
+        self._heard: Any = None  # the context of whoever listens
 
     def on(self, part: str) -> Spent:
         """A context in which time is spent on this part; they do not nest."""
@@ -32,10 +36,17 @@ class Spent:
         return self
 
     def __enter__(self) -> None:
+        listener = LISTENER.get()
+        if listener is not None:
+            self._heard = listener(self._part)
+            self._heard.__enter__()
         self._began = perf_counter()
 
     def __exit__(self, *exc: object) -> None:
         self._seconds[self._part] += perf_counter() - self._began
+        if self._heard is not None:
+            heard, self._heard = self._heard, None
+            heard.__exit__(None, None, None)
 
     def taken(self, data: float, total: float) -> dict[str, float]:
         """The split of so many seconds, of which `data` were spent waiting for data; begins anew."""
