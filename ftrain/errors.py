@@ -24,6 +24,7 @@ __all__ = [
     "InspectError",
     "LimitError",
     "LossError",
+    "MemoryWarning",
     "MetricError",
     "ModelError",
     "OutputError",
@@ -137,6 +138,10 @@ class DeterminismWarning(UserWarning):
 
 class ProfileWarning(UserWarning):
     """What was to be profiled did not happen, or only in part."""
+
+
+class MemoryWarning(UserWarning):
+    """Memory ran out, and a step runs in smaller pieces."""
 
 
 class CompileWarning(UserWarning):

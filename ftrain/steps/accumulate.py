@@ -53,7 +53,7 @@ def split(batch: Batch, k: int, uneven: Uneven = "raise") -> list[Batch]:
         raise BatchError(_no_samples(f"a batch without samples, {', '.join(tree.paths(batch, root='batch'))}"))
     if n % k and uneven == "raise":
         raise BatchError(uneven_text(n, k))
-    whole, rest = divmod(n, k)
+    whole, rest = n // k, n % k  # dynamo (2.13) has no divmod for a number that differs from batch to batch
     sizes = [whole + 1] * rest + [whole] * (k - rest if whole else 0)
     leaves, structure = tree.leaves(batch), tree.structure(batch)
     parts, start = [], 0

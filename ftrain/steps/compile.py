@@ -124,6 +124,13 @@ def compile(
         )
     if rung != "eager":
         check_backend(backend, mode, options)
+    several = getattr(step, "compiled", None)
+    if several is not None:  # a choice of steps (ft.auto_accumulate), each of which is compiled for itself
+        one = functools.partial(
+            compile, donate=donate, rung=rung, backend=backend, mode=mode, options=options, dynamic=dynamic
+        )
+        made: CompiledStep = several(one)
+        return made
     return CompiledStep(step, donate=donate, rung=rung, compiler=compiler(backend, mode, options), dynamic=dynamic)
 
 
@@ -591,7 +598,7 @@ def pieces(step: Callable[[TrainState, Batch], Any], state: TrainState, batch: B
 
     def keep(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         found.append(graph)
-        return graph.forward  # type: ignore[no-any-return]  # a method, which nn.Module types as Any
+        return graph.forward
 
     # Each call is a program more for the user's functions in which it breaks off: no reason to stop tracing them.
     with _tracing(), torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=10000):

@@ -1,2 +1,4 @@
 from .learning_rates import LrCurve as LrCurve
 from .learning_rates import lr_find as lr_find
+from .micro_batches import AutoAccumulated as AutoAccumulated
+from .micro_batches import auto_accumulate as auto_accumulate
