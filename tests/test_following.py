@@ -334,8 +334,9 @@ def test_one_that_was_made_anew_is_another(tmp_path, small):
     assert [next(records).metrics["loss"] for _ in range(2)] == [1.0, 4.0]
     with stores.Store(tmp_path, write=True) as store:
         store.delete(2)
-    ft.save(tmp_path, state.replace(step=torch.tensor(2), params={**state.params, "bias": torch.tensor([5.0])}))
-    assert [next(records).metrics["loss"]] == [25.0]
+    anew = state.replace(step=torch.tensor(2), params={**state.params, "bias": torch.tensor([5.0])})
+    ft.save(tmp_path, anew, position=ft.Position(0, clock=ft.loops.Clock(2, seconds=8.0)))
+    assert [(one.metrics["loss"], one.seconds) for one in [next(records)]] == [(25.0, 8.0)]
     save(tmp_path, 3)
     assert [record.metrics["loss"] for record in records] == [9.0]
 
