@@ -13,6 +13,7 @@ Checkpoints CompiledStep Evaluator Event Failure History Hook Outcome Policy Pos
 checkpoint compile compose data errors eval_step evaluate evaluate_checkpoints every fit hooks init keep loop loops lr_find make_step make_update metrics on once optim predict
 predict_step restore rng save schedules sinks testing to_module train_step tree tune types until update_bn value_and_grad when with_accumulation
 with_ema with_float8 with_grad_stats with_loss_scale with_mask with_precision with_remat with_sam with_skip with_swa write_predictions debug deterministic profile replay inspect
+check diff summary
 """
 INSIDE = {
     "ftrain.checkpoint": "Checkpoints Entry Keep Report best compare from_safetensors from_torch info keep position restore save "
