@@ -86,9 +86,9 @@ def forward(
     for path, module in private.named_modules():
         found[path] = Call()
         _watch(module, found[path], operations)
-        lazily: nn.Module | None = module if isinstance(module, LazyModuleMixin) else None
-        if lazily is not None:
-            lazily.register_forward_pre_hook(functools.partial(_settle, fakes), with_kwargs=True, prepend=True)
+        # By its class: the mixin alone is no module to a type checker.
+        if issubclass(type(module), LazyModuleMixin):
+            module.register_forward_pre_hook(functools.partial(_settle, fakes), with_kwargs=True, prepend=True)
     given = _placed(fakes, batch)
     with (
         rng.Isolated(0),

@@ -1,7 +1,8 @@
 """How much memory is alive while code runs: every storage from its first tensor to its last.
 
 It is counted from the operators' outputs, so on fake tensors, which have none, as well as on real ones. What a kernel takes for
-itself while it runs (workspaces of a convolution, say) is not seen.
+itself while it runs is not seen: little for most (tests/test_check.py: within 2% of what torch's allocator gave out), but more
+than half of it all for an LSTM of oneDNN on a CPU.
 """
 
 from __future__ import annotations
