@@ -228,6 +228,27 @@ def test_a_compiled_step_that_is_passed_is_used(tmp_path):
     assert fast.compiles == 2  # for the first batch, and for the short one; none for the replay
 
 
+def test_a_batch_goes_to_the_first_program_that_takes_it():
+    """Not to the newest, which was compiled for all sizes: else rounding would depend on what the step was used for before."""
+    ran = []
+
+    def backend(graph, inputs):
+        number = backend.made
+        backend.made += 1
+
+        def run(*args):
+            ran.append(number)
+            return graph(*args)
+
+        return run
+
+    backend.made = 0
+    fast, state = ft.compile(ft.train_step(MODEL, loss_fn, TX), backend=backend), STATE.copy()
+    for rows in (8, 8, 2, 8, 3, 8):
+        state, _ = fast(state, {"x": X[:rows], "y": Y[:rows]})
+    assert ran == [0, 0, 1, 0, 1, 0]
+
+
 def test_other_draws_of_a_gradient_alone_are_said(tmp_path, monkeypatch):
     from ftrain.inspect import replaying
 

@@ -144,7 +144,7 @@ def replay(
     ...     found = ft.replay(folder, 4, state, step, data, batch_size=4, compile=False)
     >>> found.checkpoint, found.state_before.step, found.batch.shape, sorted(found.gradients)
     (2, tensor(3), torch.Size([4, 2]), ['bias', 'weight'])
-    >>> float(found.metrics["loss"].compute()) == result.history["loss"][3]
+    >>> float(found.metrics["loss"].compute()) == float(result.history["loss"][3])
     True
     """
     check_state(state, "ft.replay")

@@ -70,17 +70,23 @@ def _inductor() -> Any:
 
 
 def programs(fn: types.FunctionType, structure: tree.Structure, known: list[Program]) -> list[Program]:
-    """The compiled forms that dynamo keeps for a function, newest knowledge first; [] where torch does not show them."""
+    """The compiled forms that dynamo keeps for a function, the oldest first; [] where torch does not show them.
+
+    In the order in which they were compiled, not in dynamo's, which has the newest one first. That one, compiled for all sizes after a
+    short batch, would take the batches of the usual size as well, and round them otherwise than the first one had; so would the
+    result of a run depend on whether, and where, it was resumed, and on what the step was used for before.
+    """
     try:
         entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(fn.__code__)
         found = [(entry.guard_manager.check, entry.code) for entry in entries]
     except AttributeError:
         return []
-    old = {program.run.__code__: program for program in known}
-    return [
-        old[code] if code in old else Program(check, types.FunctionType(code, fn.__globals__), structure)
-        for check, code in found
-    ]
+    codes = {code for _, code in found}
+    old = [program for program in known if program.run.__code__ in codes]
+    new = {code: check for check, code in reversed(found)}
+    for program in old:
+        del new[program.run.__code__]
+    return old + [Program(check, types.FunctionType(code, fn.__globals__), structure) for code, check in new.items()]
 
 
 def compiler(backend: str | Callable[..., Any], mode: str | None, options: dict[str, Any] | None) -> Callable[..., Any]:
