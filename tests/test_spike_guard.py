@@ -237,9 +237,9 @@ def test_what_other_hooks_made_of_the_state_at_the_same_event_is_in_the_copy() -
         options = {"evals": {"val": val}, "epochs": 1}
         hooks = [scaled(kind), guard("rollback", every=ft.every(steps=3))]
         if kind == "epoch":
-            looped = [GOOD[0], GOOD[1], GOOD[2]]
-            found = run(lambda epoch: looped if epoch == 0 else [NAN, *GOOD[4:6], *looped], hooks, epochs=2)
-            clean = run(lambda epoch: looped, hooks, epochs=2)
+            epochs = [GOOD[:3], [NAN, *GOOD[4:6], *GOOD[:3]]]
+            found = run(epochs.__getitem__, hooks, epochs=2)
+            clean = run(lambda epoch: GOOD[:3], hooks, epochs=2)
         else:
             found, clean = run(data, hooks, **options), run(GOOD[:3], hooks, **options)
         assert bits(found.state.params) == bits(clean.state.params), kind

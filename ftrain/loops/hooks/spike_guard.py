@@ -63,7 +63,8 @@ def spike_guard(
       So it is at the end of an epoch and of the run, too.
     - `"stop"`: the run ends with a reason. `"raise"`: with a `LossError`.
 
-    Going back leaves the data where it is; steps and samples go back with the state, epochs do not.
+    Going back leaves the data where it is; steps and samples go back with the state, epochs do not. Save when it looks, with the same
+    cadence: it looks first, so no checkpoint then holds a step that is undone later.
 
     Costs: at each step some operations on `window` numbers on the device. A look is one transfer. `"skip"` and `"rollback"` keep a
     copy of the state in the state, so they double its memory and its checkpoints; a look that finds nothing copies it anew. That is
