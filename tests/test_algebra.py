@@ -972,3 +972,20 @@ def test_sizes_are_not_injected() -> None:
     assert set(ft.optim.inject(ft.optim.lbfgs)(1.0, max_iter=5, max_eval=6, history_size=7).init(leaves(0)).hyper) == {
         "lr"
     }
+
+
+@pytest.mark.parametrize(
+    ("tx", "grad"),
+    [
+        (ft.optim.set_to_zero(), 1.0),
+        (ft.optim.freeze("*"), 1.0),
+        (ft.optim.conditionally_mask(ft.optim.sgd(0.1), lambda t: t > 5), 1.0),
+        (ft.optim.skip_nonfinite(ft.optim.sgd(0.1)), torch.nan),
+    ],
+    ids=["set_to_zero", "freeze", "conditionally_mask", "skip_nonfinite"],
+)
+def test_what_is_held_still_keeps_the_sign_of_zero(tx: ft.Transform, grad: float) -> None:
+    params = {"w": torch.tensor([-0.0, 0.0, -1.0, 1.0])}
+    updates, _ = tx.update({"w": torch.full((4,), grad)}, tx.init(params), params)
+    new = ft.optim.apply_updates(params, updates)["w"]
+    assert torch.equal(new.view(torch.int32), params["w"].view(torch.int32))

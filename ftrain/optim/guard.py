@@ -54,7 +54,7 @@ def skip_nonfinite(inner: Transform) -> Transform:
     >>> params = {"w": torch.zeros(2)}
     >>> updates, state = tx.update({"w": torch.tensor([1.0, torch.inf])}, tx.init(params), params)
     >>> updates["w"], state.skipped, state.inner.momentum["w"]
-    (tensor([0., 0.]), tensor(1), tensor([0., 0.]))
+    (tensor([-0., -0.]), tensor(1), tensor([0., 0.]))
     """
     check_transforms("skip_nonfinite", inner)
 
@@ -65,7 +65,7 @@ def skip_nonfinite(inner: Transform) -> Transform:
     def update(grads: Any, state: Any, params: Any, more: dict[str, Any]) -> tuple[Any, Any]:
         finite = all_finite(grads)
         updates, after = inner.update(grads, state.inner, params, **more)
-        updates = tree.map(lambda u: torch.where(finite, u, 0.0), updates)
+        updates = tree.map(lambda u: torch.where(finite, u, -0.0), updates)  # x + (-0.0) is x for every x
         skipped = (~finite).to(torch.int64)
         return updates, SkipState(
             state.skipped + skipped,

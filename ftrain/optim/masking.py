@@ -83,11 +83,13 @@ def part_of(more: dict[str, Any], params: Any, chosen: list[bool]) -> dict[str, 
 def set_to_zero() -> Transform:
     """Updates of zero, whatever the gradients: for a group of `partition` that is to stand still.
 
+    The zero is -0.0 here as in all that holds parameters still: x + (-0.0) is x for every x, while -0.0 + 0.0 is 0.0.
+
     >>> import torch, ftrain as ft
     >>> ft.optim.set_to_zero().update({"w": torch.ones(2)}, (), {"w": torch.ones(2)})
-    ({'w': tensor([0., 0.])}, ())
+    ({'w': tensor([-0., -0.])}, ())
     """
-    return Transform(lambda params: (), lambda grads, state, params: (tree.map(torch.zeros_like, grads), state))
+    return Transform(lambda params: (), lambda grads, state, params: (tree.map(_still, grads), state))
 
 
 def freeze(mask: Mask) -> Transform:
@@ -106,7 +108,7 @@ def freeze(mask: Mask) -> Transform:
     >>> tx = ft.optim.chain(ft.optim.adamw(0.1), ft.optim.freeze("body.*"))
     >>> params = {"body.w": torch.ones(1), "head.w": torch.ones(1)}
     >>> tx.update(params, tx.init(params), params)[0]
-    {'body.w': tensor([0.]), 'head.w': tensor([-0.1010])}
+    {'body.w': tensor([-0.]), 'head.w': tensor([-0.1010])}
     """
 
     def init(params: Any, /) -> Any:
@@ -115,7 +117,7 @@ def freeze(mask: Mask) -> Transform:
 
     def update(grads: Any, state: Any, params: Any, /) -> tuple[Any, Any]:
         still = take(grads, resolve(mask, params, "freeze: mask"))
-        return put(grads, {name: torch.zeros_like(leaf) for name, leaf in still.items()}), state
+        return put(grads, {name: _still(leaf) for name, leaf in still.items()}), state
 
     return Transform(init, update)
 
@@ -150,8 +152,8 @@ def conditionally_mask(inner: Transform, should_transform_fn: Callable[[Tensor],
     >>> for _ in range(3):
     ...     updates, state = body.update({"w": torch.ones(1)}, state, params)
     ...     print(float(updates["w"]))
-    0.0
-    0.0
+    -0.0
+    -0.0
     -0.10000000149011612
     """
     check_transforms("conditionally_mask", inner)
@@ -173,7 +175,11 @@ def conditionally_mask(inner: Transform, should_transform_fn: Callable[[Tensor],
     def update(grads: Any, state: Any, params: Any, more: dict[str, Any]) -> tuple[Any, Any]:
         active = should_transform_fn(state.count)
         updates, after = inner.update(grads, state.inner, params, **more)
-        updates = tree.map(lambda u: torch.where(active, u, 0.0), updates)
+        updates = tree.map(lambda u: torch.where(active, u, -0.0), updates)
         return updates, ConditionState(state.count + 1, active, select(active, after, state.inner))
 
     return forwarding(init, update, inner)
+
+
+def _still(leaf: Tensor) -> Tensor:
+    return torch.full_like(leaf, -0.0)
