@@ -1210,7 +1210,6 @@ def test_a_hook_that_returns_something_else(name: str, mode: str, refused: Refus
 
 HOOK_LISTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "number": ([_memory(lambda s, m, e: (s, m)), 5], ("hooks[1]", "ft.Hook(name, init, update)", "int")),
-    "none": ([ft.on("epoch", None)], ("hooks[0]", "NoneType")),
     "same name": ([_memory(lambda s, m, e: (s, m))] * 2, ("two hooks", "'memory'", "a name of its own")),
     "no list": (lambda state, event: state, ("hooks",)),
 }
