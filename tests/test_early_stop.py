@@ -239,6 +239,7 @@ def test_where_it_does_not_stop_the_run_is_the_one_without_it(kind: str, compile
     assert bits(run([], FALLING[:3], **options).state.params) != bits(plain.state.params)
 
 
+@pytest.mark.filterwarnings("ignore::ftrain.errors.DataWarning")  # that a generator is read again is said elsewhere
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_resumes_in_the_middle(kind: str) -> None:
     values = [[3.0, 2.0, 1.0], [2.0, 2.0, 2.5], [2.0, 2.0, 2.0], [2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
