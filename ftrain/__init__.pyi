@@ -77,6 +77,7 @@ from .steps import with_sam as with_sam
 from .steps import with_skip as with_skip
 from .steps import with_swa as with_swa
 from .tune import auto_accumulate as auto_accumulate
+from .tune import dry_run as dry_run
 from .tune import find_batch_size as find_batch_size
 from .tune import lr_find as lr_find
 from .types import Transform as Transform

@@ -10,7 +10,7 @@ import ftrain
 
 DOOR = """
 Checkpoints CompiledStep Evaluator Event Failure History Hook Outcome Policy Position Record Result Snapshot Tick TrainState Transform __version__ after as_step at auto_accumulate bind
-checkpoint compile compose data errors eval_step evaluate evaluate_checkpoints every find_batch_size fit hooks init keep loop loops lr_find make_step make_update metrics on once optim predict
+checkpoint compile compose data dry_run errors eval_step evaluate evaluate_checkpoints every find_batch_size fit hooks init keep loop loops lr_find make_step make_update metrics on once optim predict
 predict_step restore rng save schedules sinks testing to_module train_step tree tune types until update_bn value_and_grad when with_accumulation
 with_ema with_float8 with_grad_stats with_loss_scale with_mask with_precision with_remat with_sam with_skip with_swa write_predictions debug deterministic profile replay inspect
 check diff summary
@@ -36,7 +36,7 @@ INSIDE = {
     "ftrain.inspect": "Break Change Checked Diff Memory Replay Row Spec Split Summary check debug deterministic diff evaluate_checkpoints flops profile replay split summary",
     "ftrain.metrics": "Collect Last Max Mean Metric Min Perplexity Sum accuracy normalise perplexity",
     "ftrain.sinks": "History Progress Record console",
-    "ftrain.tune": "AutoAccumulated BatchSizeFound LrCurve Trial auto_accumulate find_batch_size lr_find",
+    "ftrain.tune": "AutoAccumulated BatchSizeFound DryRun LrCurve Trial auto_accumulate dry_run find_batch_size lr_find",
     "ftrain.testing": "LawError check_compiled check_donation check_moves check_pure check_random check_recompiles check_step "
     "check_structure",
 }

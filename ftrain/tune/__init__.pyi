@@ -5,3 +5,5 @@ from .learning_rates import LrCurve as LrCurve
 from .learning_rates import lr_find as lr_find
 from .micro_batches import AutoAccumulated as AutoAccumulated
 from .micro_batches import auto_accumulate as auto_accumulate
+from .trying import DryRun as DryRun
+from .trying import dry_run as dry_run
