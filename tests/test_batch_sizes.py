@@ -57,7 +57,7 @@ def needed(state, step, n):
 
 
 def find(state, step, data=None, **given):
-    given = {"memory": 1 << 30, "limit": 1 << 12, "compile": False} | given
+    given = {"start": 1, "memory": 1 << 30, "limit": 1 << 12, "compile": False} | given
     return ft.find_batch_size(state, step, torch.ones(1, WIDE) if data is None else data, **given)
 
 
@@ -95,6 +95,13 @@ def test_powers_of_two():
     assert all(a < b for a, b in itertools.pairwise(peaks))
     assert [trial.fits for trial in found.trials] == [one <= 1_000_000 for one in peaks]
     assert find(state, step, memory=1_000_000, start=3).size == 768
+
+
+def test_batch_norm_can_be_tried():
+    model, tx = nn.Sequential(nn.Linear(WIDE, 4), nn.BatchNorm1d(4)), ft.optim.sgd(0.01)
+    step = ft.train_step(model, lambda model, batch: model(batch).square().mean(), tx)
+    found = ft.find_batch_size(ft.init(model, tx), step, torch.ones(1, WIDE), memory=1 << 20, limit=16, compile=False)
+    assert [trial.size for trial in found.trials] == [2, 4, 8, 16]
 
 
 def test_a_start_that_is_too_large():

@@ -101,7 +101,7 @@ def find_batch_size(
     step: Callable[[TrainState, Any], Any],
     data: Any,
     *,
-    start: int = 1,
+    start: int = 2,
     limit: int | None = None,
     multiple: int = 1,
     mode: Mode = "power",
@@ -123,7 +123,7 @@ def find_batch_size(
         step: as for `fit`; compiled anew for each size, as a run with that size would, so `compile=False` is faster.
         data: a function `n -> batch` of n samples; or arrays (a tensor, or a tuple or dict of such), of which n rows are taken,
             again and again where there are fewer.
-        start: the first size.
+        start: the first size. (With one sample, a batch norm refuses to train.)
         limit: the largest size to try; None: as large as memory allows.
         multiple: sizes are multiples of this, e.g. of the step's `accumulate`.
         mode: `"power"`: `start` times a power of two; `"bisect"`: exact.
@@ -147,7 +147,7 @@ def find_batch_size(
     ...     ft.init(model, tx), step, torch.ones(10, 100), memory=100_000, mode="bisect", compile=False
     ... )
     >>> 100 < found.size < 250, found.limited, [trial.size for trial in found.trials][:4]
-    (True, 'memory', [1, 2, 4, 8])
+    (True, 'memory', [2, 4, 8, 16])
     """
     check_state(state, "ft.find_batch_size")
     check_step_fn(step, "ft.find_batch_size")

@@ -56,5 +56,5 @@ def free(error: BaseException | None = None) -> None:
         traceback.clear_frames(found.__traceback__)
         found = found.__cause__ or found.__context__
     gc.collect()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's
         torch.cuda.empty_cache()

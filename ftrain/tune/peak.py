@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import ProfilerConfig, ProfilerState
+from torch._C import _autograd as recorder
+from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 
 from ..errors import LimitError, explain
 
@@ -39,7 +40,7 @@ def peak(fn: Callable[[], Any], device: torch.device) -> int:
         fn()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    if torch._C._autograd._profiler_enabled():
+    if recorder._profiler_enabled():
         raise LimitError(
             explain(
                 "memory cannot be measured while a profiler runs.",
@@ -48,17 +49,17 @@ def peak(fn: Callable[[], Any], device: torch.device) -> int:
             )
         )
     # Not torch.profiler: Kineto takes a second to start, and writes to stderr each time (2.13).
-    options = torch._C._profiler._ExperimentalConfig()
-    torch.autograd._enable_profiler_legacy(ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, options))
+    config = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
+    recorder._enable_profiler_legacy(config)
     try:
         fn()
     finally:
-        threads = torch.autograd._disable_profiler_legacy()
+        threads = recorder._disable_profiler_legacy()
     most = 0
     for events in threads:
         now = highest = 0
         for event in events:
-            if event.kind() == "memory_alloc":
+            if str(event.kind()) == "memory_alloc":  # torch's stub calls it a number
                 now += event.cpu_memory_usage()
                 highest = max(highest, now)
         most += highest  # where several threads make tensors, at most this

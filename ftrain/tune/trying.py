@@ -10,7 +10,7 @@ Laws
 To overfit one batch, which a sound model and loss can do, repeat it: `data.take(1).cache().repeat()` after `batch`.
 
 >>> import torch, ftrain as ft
->>> x = torch.linspace(-1, 1, 64).unsqueeze(1)
+>>> x = torch.randn(64, 1)
 >>> model, tx = torch.nn.Linear(1, 1), ft.optim.adam(0.1)
 >>> step = ft.train_step(model, lambda model, batch: (model(batch["x"]) - batch["y"]).square().mean(), tx)
 >>> one = ft.data.source({"x": x, "y": 3 * x}, batch_size=8).take(1).cache().repeat()
@@ -146,9 +146,9 @@ def dry_run(
     sized = {"batch_size": given.pop("batch_size", None), "shuffle": given.pop("shuffle", True)}
     source = as_epochs(data, seed=seed, what="ft.dry_run", **sized)
     source.check("ft.dry_run")
-    limits = [given.pop(name, None) for name in ("epochs", "steps", "until")]
-    if source.length is not None or any(one is not None for one in limits):
-        Limits.of(*limits, source, "ft.dry_run", at_least=given.get("at_least"), tokens=counted)
+    epochs, steps, ends = (given.pop(name, None) for name in ("epochs", "steps", "until"))
+    if source.length is not None or any(one is not None for one in (epochs, steps, ends)):
+        Limits.of(epochs, steps, ends, source, "ft.dry_run", at_least=given.get("at_least"), tokens=counted)
     if given.get("checkpoint") is None:
         check_arguments(None, (), (), None, False, resume=given.get("resume"))
     given["evals"] = _evaluators(given.get("evals"), n, seed, (source.length, counted), watch)
