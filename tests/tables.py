@@ -63,6 +63,7 @@ PROOFS: dict[str, str] = {
     "ft.with_float8": "test_precision.py::test_emulated_float8_trains_nearly_as_float32",
     "ft.with_remat": "test_wrappers.py::test_chosen_modules_run_again_in_the_backward_pass",
     "ft.with_sam": "test_wrappers.py::test_sam_is_its_equation",
+    "ft.with_skip": "test_skip.py::test_a_skipped_step_leaves_everything_but_the_counters",
     "ft.with_grad_stats": "test_wrappers.py::test_statistics_are_those_of_the_gradient",
     "ft.data.window": "test_accumulate.py::test_windows_train_as_large_batches_do",
     "ft.schedules.from_torch": "test_schedules.py::test_from_torch_gives_them_to_the_last_digit",
@@ -72,6 +73,8 @@ PROOFS: dict[str, str] = {
         f"ft.schedules.{name}": "test_schedules.py::test_the_numbers_of_optax_at_every_step"
         for name in ["constant", "piecewise_constant", "piecewise_interpolate", "polynomial", "warmup_cosine", "join"]
     },
+    "ft.hooks.early_stop": "test_early_stop.py::test_it_stops_where_the_rule_says",
+    "ft.hooks.spike_guard": "test_spike_guard.py::test_with_skip_the_run_is_the_one_without_the_bad_batches",
     "ft.hooks.plateau": "test_hooks.py::test_the_rule_is_that_of_torch",
     "ft.hooks.nonfinite": "test_algebra.py::test_the_policy_raise_says_how_many",
     "32-true": "test_precision.py::test_float32_by_name_is_float32_without_a_name",

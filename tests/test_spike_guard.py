@@ -66,7 +66,7 @@ def all_but_counts(state: ft.TrainState) -> list[bytes]:
 
 
 def without(state: ft.TrainState) -> list[bytes]:
-    return bits(state.replace(extra={k: v for k, v in state.extra.items() if k != "spike_guard"}))
+    return bits(state.replace(extra={k: v for k, v in state.extra.items() if not k.startswith("spike_guard")}))
 
 
 def losses(result: Any) -> list[tuple[int, float]]:

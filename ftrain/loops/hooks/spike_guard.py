@@ -80,7 +80,7 @@ def spike_guard(
         nonfinite: whether inf and NaN are bad (from the first step on).
         every: when to look; default: every 100 steps. Not with `"skip"`.
         limit: how often in a row it goes back; once more is a `LossError`, since nothing is gained by going on.
-        name: of the memory in `state.extra`, and of the metric that tells how often it went back so far, recorded when it does.
+        name: of the memory in `state.extra` (and, with `_copy` after it, of the copy), and of the metric that tells how often it went back so far, recorded when it does.
 
     Returns:
         A hook for `ft.fit(..., hooks=[...])`; put it last. What other hooks made of the state before it, at the same event, is in the
@@ -124,12 +124,17 @@ def spike_guard(
         }
         if not keeps:
             return memory
-        more = {"copied": memory["bad"].clone(), "row": count, "back": count.clone()}
-        return {
-            **memory,
-            **more,
-            "kept": _copy(state, memory["watch"], {k: state.extra[k] for k in state.extra if k != name}),
-        }
+        return {**memory, "row": count, "back": count.clone()}
+
+    # The copy is a memory of its own: what a hook gives back is compared with what it was given, leaf by leaf, and at each step
+    # that should be the few of the statistic only.
+    def init_copy(state: TrainState) -> Memory:
+        extra = {key: value for key, value in state.extra.items() if key not in (name, _copy_name(name))}
+        made = torch.zeros((), dtype=torch.bool, device=state.device)
+        return {**_copy(state, first_watch(rule, state.device), extra), "made": made}
+
+    def begin(state: TrainState, memory: Memory, event: Event) -> tuple[TrainState, Memory]:
+        return state, _keep(state, name).extra[_copy_name(name)]
 
     def watch(state: TrainState, memory: Memory, event: Event) -> tuple[TrainState, Memory]:
         value = value_of(step_metric(_HOOK, monitor, event, who), state.device, who)
@@ -147,7 +152,8 @@ def spike_guard(
         """When the cadence fires, and before the first step."""
         memory: Memory = state.extra[name]
         if event.kind == "start":  # whatever was bad before: this state is what somebody wants to begin with
-            return _keep(state, name, bad=torch.zeros_like(memory["bad"])) if keeps else state
+            fresh = {**memory, "bad": torch.zeros_like(memory["bad"])}
+            return state.replace(extra={**state.extra, name: fresh})
         return act(state, event, memory) if _is_bad(memory) else _good(state)
 
     def _good(state: TrainState) -> TrainState:
@@ -158,7 +164,9 @@ def spike_guard(
         memory: Memory = state.extra[name]
         if event.kind != "evaluation" and _is_bad(memory):
             return act(state, event, memory)
-        fresh = keeps and event.kind != "end" and int(memory["kept"]["step"]) == event.step  # sync: once per evaluation
+        fresh = (
+            keeps and event.kind != "end" and int(_kept(state, name)["step"]) == event.step
+        )  # sync: once per evaluation
         return _keep(state, name) if fresh and not _is_bad(memory) else state
 
     def act(state: TrainState, event: Event, memory: Memory) -> Any:
@@ -168,7 +176,7 @@ def spike_guard(
             return Outcome(state, stop=f"{name}: {story}")
         if policy == "raise":
             raise LossError(explain(f"{who}: {story}.", where=_where(numbers, event), fix=_FIX))
-        if not bool(memory["copied"]):  # sync: as above
+        if not bool(_kept(state, name)["made"]):  # sync: as above
             raise LossError(
                 explain(
                     f"{who}: {story}, and there is no good state yet to go back to.",
@@ -194,11 +202,21 @@ def spike_guard(
     for one in (look, between):
         one.__name__ = name  # as messages call them
     others = {"skip": ("epoch", "evaluation"), "rollback": ("epoch", "evaluation", "end"), "stop": ("epoch",)}
-    return compose(
+    parts = [
         on("step", Hook(name, init, watch)),
         on(("start", cadence) if keeps else cadence, look),
         on(others.get(policy, ("epoch", "end")), between),
-    )
+    ]
+    return compose(*parts, on("start", Hook(_copy_name(name), init_copy, begin))) if keeps else compose(*parts)
+
+
+def _copy_name(name: str) -> str:
+    return f"{name}_copy"
+
+
+def _kept(state: TrainState, name: str) -> Memory:
+    found: Memory = state.extra[_copy_name(name)]
+    return found
 
 
 def _check_skip(policy: str, every: object) -> None:
@@ -228,22 +246,17 @@ def _copy(state: TrainState, watch: Watch, extra: dict[str, Any]) -> dict[str, A
 
 def _keep(state: TrainState, name: str, **changes: Tensor) -> TrainState:
     """The state with a new copy of itself in this hook's memory."""
-    memory = state.extra[name]
-    # What has come to be in the state after this memory was made (the memory of hooks that were made later) is not in the copy.
-    extra = {key: state.extra[key] for key in memory["kept"]["extra"]}
-    new = {
-        **memory,
-        **changes,
-        "kept": _copy(state, memory["watch"], extra),
-        "copied": torch.ones_like(memory["copied"]),
-    }
-    return state.replace(extra={**state.extra, name: new})
+    memory, kept = state.extra[name], _kept(state, name)
+    # What has come to be in the state after the copy's form was fixed (the memory of hooks that were made later) is not in it.
+    extra = {key: state.extra[key] for key in kept["extra"]}
+    new = {**_copy(state, memory["watch"], extra), "made": torch.ones_like(kept["made"])}
+    return state.replace(extra={**state.extra, name: {**memory, **changes}, _copy_name(name): new})
 
 
 def _gone_back(state: TrainState, name: str) -> TrainState:
     """The state that was copied, in the present epoch; the copy stays, for the next time."""
     memory = state.extra[name]
-    again = tree.map(torch.clone, memory["kept"])
+    again = tree.map(torch.clone, _kept(state, name))
     own = {
         **memory,
         "watch": again["watch"],
