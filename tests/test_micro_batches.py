@@ -363,3 +363,12 @@ def test_bad_input():
             ft.errors.CompileError, match=r"stands inside a step that is compiled as a whole|does not compile"
         ):
             ft.compile(outer, rung="step", backend="eager")(outer.init(state), {k: v[:16] for k, v in arrays().items()})
+
+
+def test_a_compiled_step_in_parts_takes_a_batch_of_another_size():
+    # dynamo (2.13) has no divmod of a number that differs from batch to batch: the second size ran eagerly.
+    state, step = plain(2)
+    fast = ft.compile(step, backend="eager")
+    for rows in (16, 6, 10):
+        state, _ = fast(state, {name: leaf[:rows] for name, leaf in arrays().items()})
+    assert (fast.compiles, fast.rung, state.counters().samples) == (2, "step", 32)
