@@ -95,9 +95,9 @@ def test_the_suggestion_on_a_quadratic_is_stable():
 def test_noise_at_the_beginning_is_not_taken_for_a_descent():
     # The average of few noisy losses moves more than that of many: the steepest of all places was often among the first few.
     for seed in range(20):
-        noise = np.random.default_rng(seed).normal(0.0, 0.3, 100)
+        noise = np.random.default_rng(seed).normal(0.0, 1.0, 100)
         rates = np.geomspace(1e-8, 1.0, 100)
-        losses = 3.0 / (1.0 + rates / 1e-2) + noise
+        losses = 3.0 / (1.0 + rates / 3e-2) + noise
         average = weight = 0.0
         smoothed = []
         for loss in losses:
