@@ -3,6 +3,7 @@
 Laws
 ----
 - Only hooks that want an event are called, and where none does, no event is made.
+- At a step at which nothing is due, only the hooks that hear every step are looked at; so the others cost nothing there.
 - A hook's result has the structure, shapes, dtypes and devices of what it was given.
 """
 
@@ -58,15 +59,16 @@ class Hooks:
                     names.add(one.name)
                 self._entries.append(one._replace(filters=_bound(one.filters, length, tokens)))
         self.before: Clock | None = None
-        # Whether some hook hears every step, whatever the time is.
-        self.steady = any(all("step" in filter for filter in one.filters) for one in self._entries)
+        # Those that hear every step, whatever the time is.
+        self._steady = [one for one in self._entries if all("step" in filter for filter in one.filters)]
+        self.steady = bool(self._steady)
 
     def __bool__(self) -> bool:
         return bool(self._entries)
 
-    def listens(self, kind: str, now: Clock) -> bool:
-        """Whether any hook wants this event; cheap, asked before an event is made."""
-        return any(self._wants(one, kind, now) for one in self._entries)
+    def listens(self, kind: str, now: Clock, *, due: bool = True) -> bool:
+        """Whether any hook wants this event; cheap, asked before an event is made. `due`: see `__call__`."""
+        return any(self._wants(one, kind, now) for one in self._entries) if due else self.steady
 
     def moments(self, now: Clock) -> list[Moment]:
         """When a hook may be called next for a step, those left out that are called at every one."""
@@ -97,17 +99,24 @@ class Hooks:
                 extra[one.name] = one.hook.init(state)
         return state if extra.keys() == state.extra.keys() else state.replace(extra=extra)
 
-    def __call__(self, state: TrainState, event: Event) -> Outcome:
+    def __call__(self, state: TrainState, event: Event, *, due: bool = True) -> Outcome:
         """Run the hooks that want this event; gives the last state, all their metrics, and the first reason to stop.
 
         Metrics are floats, or `Metric`s on the device. After a hook that went back to an earlier state no other is called: the
         event did not happen.
+
+        Args:
+            state: where the first hook begins.
+            event: what happened.
+            due: False at a step before all `moments`: no cadence can fire, so only those are called that hear every step.
         """
         metrics: dict[str, Any] = {}
         stop: str | None = None
         looks = event.kind not in CHANGES
-        for one in self._entries:
-            if not (self._wants(one, event.kind, event.clock) and _agrees(one, event)):
+        for one in self._entries if due else self._steady:
+            if due and not self._wants(one, event.kind, event.clock):
+                continue
+            if one.predicates and not _agrees(one, event):
                 continue
             if isinstance(one.hook, Hook):
                 if event.kind == "exception" and (state is None or one.name not in state.extra):

@@ -67,6 +67,7 @@ class Session:
         self.asked: Clock | None = None  # when the cadences were last asked
         self.due = 0.0  # the first step at which one of them may fire, or a hook that is not called at every step
         self.due_at = math.inf  # the first second at which one may that waits for the time
+        self.back = False  # whether hooks went back since that was found out, so that some may fire sooner
         self.final = False  # whether this is the last step of its epoch, where something that is due depends on it
         self.ended: str | None = None  # why the run is over, where a hook or the data said so
         self.owed = False  # a checkpoint that was due at the last step of an epoch, and is made at the epoch's end
@@ -216,11 +217,14 @@ class Session:
         if tick.ran():  # else the session before has found out
             self.final = due and kind == "step" and self.depends(before, now) and tick.last()
         if hooked is None:
-            hooked = tick.state, None
-            if self.hooks and self.hooks.listens(kind, now):
-                hooked = self.happens(tick, tick.state, kind, metrics=tick.metrics)
-                now = self.clock(tick)
-            self.hooks.passed(now)
+            hooked, asked = (tick.state, None), now
+            ask = due or self.back
+            if self.hooks and self.hooks.listens(kind, now, due=ask):
+                hooked = self.happens(tick, tick.state, kind, now, due=ask, metrics=tick.metrics)
+                if due or hooked[0] is not tick.state or hooked[1] is not None:
+                    now = self.clock(tick)
+                    asked = now._replace(seconds=asked.seconds)  # what fell due while the hooks ran comes the next time
+            self.hooks.passed(asked)
             self.hooked, self.before = hooked, (self.told.extra, self.hooks.before)
         state, stop = hooked
         if not due and stop is None:  # a hook that is called at every step was, and that was all
@@ -267,10 +271,11 @@ class Session:
 
     def plan(self, now: Clock) -> None:
         """Find out when something may be due next."""
-        moments: list[Moment] = self.hooks.moments(now)
+        moments: list[Moment] = self.hooks.moments(self.hooks.before or now)
         for cadence in self.cadences():
             moments.extend(cadence.moments(now))
         self.due, self.due_at = bounds(moments, now)
+        self.back = False
 
     def hold(self, stop: str | None, before: Clock | None, now: Clock) -> str | None:
         """A reason to stop, once the run has done what it does at least."""
@@ -304,16 +309,19 @@ class Session:
         found = [self.log, self.every, self.saving, held, *(one.every for one in self.evaluators.values())]
         return [cadence for cadence in found if cadence is not None]
 
-    def happens(self, tick: Tick, state: TrainState, kind: str, **about: Any) -> Attended:
+    def happens(
+        self, tick: Tick, state: TrainState, kind: str, now: Clock | None = None, *, due: bool = True, **about: Any
+    ) -> Attended:
         """Call the hooks; where one goes back to an earlier state, the steps in between did not happen."""
         with self.told.spent.on("hooks"):
-            new, metrics, stop = self.hooks(state, self.event(kind, tick, **about))
+            new, metrics, stop = self.hooks(state, self.event(kind, tick, now, **about), due=due)
         if metrics:
             self.told.take(metrics)
         if new is not state:
             step, _, samples, _ = new.counters()
             if step < tick.step:
                 self.told.meter.drop(tick.step - step)
+                self.back = True
             tick.step, tick.samples = step, samples
         return new, stop
 
@@ -324,8 +332,10 @@ class Session:
             with self.told.spent.on("hooks"):
                 self.hooks(state, self.event(kind, tick, path=path, **about))  # type: ignore[arg-type]
 
-    def event(self, kind: str, tick: Tick, *, metrics: Mapping[str, Any] | None = None, **about: Any) -> Event:
-        epochs, now = self.epochs(tick), self.clock(tick)
+    def event(
+        self, kind: str, tick: Tick, now: Clock | None = None, *, metrics: Mapping[str, Any] | None = None, **about: Any
+    ) -> Event:
+        epochs, now = self.epochs(tick), self.clock(tick) if now is None else now
         return Event(kind, tick.step, epochs, tick.samples, now, metrics or {}, tokens=tick.tokens, **about)
 
     def clock(self, tick: Tick) -> Clock:
