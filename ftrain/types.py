@@ -224,6 +224,10 @@ class Saver(Protocol):
         """The metrics of this step, which has a checkpoint that was made before they were known."""
         ...
 
+    def undo(self, step: int, /) -> None:
+        """Hooks went back to this step: delete what this run saved of later ones."""
+        ...
+
     def check_metrics(self, evaluator: str, metrics: Mapping[str, Any], /) -> None:
         """Raise where what to keep depends on a metric that this evaluator was to give, and does not."""
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -337,8 +338,178 @@ def test_a_state_of_an_earlier_epoch_is_refused() -> None:
         early.append(state.copy())
         return early[0] if event.step == 4 else state
 
+    saver = Memory(ft.every(steps=1))
+    with pytest.raises(HookError, match=re.escape("the hook 'back' returned a state of another epoch.")):
+        fit(state, step, case.batches(3), epochs=2, hooks=[ft.on("step", back)], checkpoint=saver)
+    assert [shot.state.counters()[:2] for shot in saver.shots] == [(1, 0), (2, 0), (3, 1), (4, 1)]  # good ones alone
+    early.clear()
+    ticks = ft.loop(state, step, case.batches(3), epochs=2)
     with pytest.raises(StateError, match=re.escape("the state sent to the loop is of another epoch.")):
-        fit(state, step, case.batches(3), epochs=2, hooks=[ft.on("step", back)])
+        for tick in ticks:
+            early.append(tick.state)
+            if tick.step == 4:
+                ticks.send(early[0])
+
+
+def test_a_hook_cannot_change_the_seed() -> None:
+    case, step, state = setup("mlp")
+    with pytest.raises(HookError, match="returned a state of another seed"):
+        fit(state, step, case.batches(3), hooks=[ft.on("step", lambda s, e: s.replace(seed=s.seed + 1))])
+
+
+def test_a_hook_may_begin_to_count_anew() -> None:
+    case, step, state = setup("mlp")
+    state = fit(state, step, case.batches(2)).state
+    afresh = ft.on("start", lambda s, e: s.replace(step=s.step * 0, samples=s.samples * 0))
+    arguments: dict[str, Any] = {"steps": 4, "hooks": [afresh], "log": ft.every(steps=3)}
+    whole = fit(state, step, case.batches(6), **arguments)
+    assert [r.step for r in whole.history] == [3, 4]
+    saver = Memory(ft.every(steps=2))
+    fit(state, step, case.batches(6), checkpoint=saver, **arguments)
+    again = fit(state, step, case.batches(6), checkpoint=after(saver, 2), resume="auto", **arguments)
+    assert equal(again.state, whole.state)
+
+
+def test_checkpoints_of_steps_that_did_not_happen_are_deleted(tmp_path: Path) -> None:
+    case, step, state = setup("mlp")
+    there: list[list[int]] = []
+
+    def look(state: Any, event: ft.Event) -> Any:
+        there.append([entry.step for entry in ft.Checkpoints(tmp_path / "run").entries()])
+        return state
+
+    saver = ft.Checkpoints(tmp_path / "run", every=ft.every(steps=1), background=False)
+    hooks = [undo(4, 2), ft.on("saved", look)]
+    done = fit(state, step, case.batches(8), steps=3, hooks=hooks, checkpoint=saver)
+    assert there == [[1], [1, 2], [1, 2, 3]]
+    there.clear()
+    done = fit(state, step, case.batches(8), steps=5, hooks=hooks, checkpoint=saver, resume="auto")
+    assert there == [[2, 3], [2, 3, 4], [3, 4, 5]]  # 3 was deleted, and is there anew; two are kept
+    whole = fit(state, step, case.batches(8), steps=5, hooks=[undo(4, 2)])
+    assert equal(done.state, whole.state)
+    assert equal(ft.restore(tmp_path / "run", like=done.state), whole.state)
+
+
+def test_every_hook_sees_an_exception() -> None:
+    case, step, state = setup("mlp")
+    told: list[str] = []
+
+    def broken(state: Any, event: ft.Event) -> Any:
+        raise OSError("no more paper")
+
+    hooks = [ft.on(("exception", ft.at(1)), broken), ft.on("exception", Listener("last", told))]
+    with pytest.raises(OSError, match="no more paper"):
+        fit(state, step, case.batches(2), hooks=hooks)
+    assert told == ["exception 1 last"]
+
+
+def test_what_falls_due_while_hooks_run_comes_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, step, state = setup("mlp")
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def slow(state: Any, event: ft.Event) -> Any:
+        now[0] += 0.7
+        return state
+
+    told: list[str] = []
+    evals: list[str] = []
+    hooks = [ft.on(ft.every(seconds=1), Listener("pulse", told)), ft.on(("step", "evaluation"), slow)]
+    val = evaluator(evals, "val", ft.every(seconds=1))
+    fit(state, step, case.batches(8), hooks=hooks, evals={"val": val})
+    # 0.7 s a step, and as much again for each evaluation: every second of the clock that is passed between two steps is heard.
+    assert len(told) >= 5
+    assert len(evals) >= 5
+
+
+def test_a_signal_in_the_trial_of_the_evaluation() -> None:
+    case, step, state = setup("mlp")
+    told: list[str] = []
+    calls: list[int] = []
+
+    def metrics(state: Any, batch: Any) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return {"loss": 1.0}
+
+    def run(saver: Memory, **more: Any) -> ft.Result:
+        val = ft.Evaluator(metrics, [torch.ones(2, 1)] * 2, every=ft.every(epochs=1) | ft.at(0), sanity=2)
+        hooks = [ft.on("start", Listener("a", told))]
+        return fit(state, step, case.batches(3), hooks=hooks, evals={"val": val}, checkpoint=saver, **more)
+
+    saver = Memory(ft.every(steps=1))
+    assert run(saver).reason == "terminated"
+    assert told == []
+    done = run(after(saver, 0), resume="auto")
+    assert told == ["start 0 a"]
+    assert [(r.split, r.step) for r in done.history] == [("val", 0), ("train", 3), ("val", 3)]
+
+
+@pytest.mark.parametrize(
+    "until",
+    [ft.at(fraction=0.5), ft.every(samples=10) & ft.after(epochs=1), ft.every(steps=4) & ft.after(steps=5), ft.at(6)],
+    ids=repr,
+)
+def test_moments_that_end_a_run_are_found_again(until: Any) -> None:
+    case, step, state = setup("mlp")
+    whole = fit(state, step, case.batches(4), epochs=3, until=until)
+    saver = Memory(ft.every(steps=1))
+    fit(state, step, case.batches(4), epochs=3, until=until, checkpoint=saver)
+    for shot in saver.shots:
+        again = fit(
+            state, step, case.batches(4), epochs=3, until=until, checkpoint=Memory(saver.every, shot), resume="auto"
+        )
+        assert (again.state.counters(), again.reason) == (whole.state.counters(), whole.reason)
+        assert equal(again.state, whole.state)
+
+
+def test_going_back_drops_the_metrics_of_undone_steps_also_where_they_were_packed() -> None:
+    case, step, state = setup("mlp")
+
+    def told(state: Any, batch: Any) -> Any:
+        new, metrics = step(state, batch)
+        n = new.counters().step
+        rows = {"all": ft.metrics.Collect((torch.tensor([n]),))} if n % 2 else {}
+        return new, {} if n == 5 else {**metrics, **rows}
+
+    arguments: dict[str, Any] = {"hooks": [undo(6, 4)], "log": ft.every(steps=100)}
+    plain = fit(state, told, case.batches(9), **arguments)
+    saved = fit(state, told, case.batches(9), checkpoint=Memory(ft.every(steps=1)), **arguments)
+    assert plain.history["all"].tolist() == saved.history["all"].tolist() == [[1, 3, 7]]
+    assert plain.history["loss"].tolist() == saved.history["loss"].tolist()
+
+
+def test_one_name_told_in_several_forms() -> None:
+    case, step, state = setup("mlp")
+
+    def number(state: Any, event: ft.Event) -> Any:
+        return ft.Outcome(state, {"x": 1.0 if event.step < 2 else torch.tensor(2.0)})
+
+    def total(state: Any, event: ft.Event) -> Any:
+        return ft.Outcome(state, {"sum": ft.metrics.Sum(torch.tensor(1.0))})
+
+    done = fit(state, step, case.batches(3), hooks=[ft.on("step", number), ft.on("step", total), ft.on("step", total)])
+    assert (done.history["x"].tolist(), done.history["sum"].tolist()) == ([2.0], [6.0])
+    other = ft.on("step", lambda s, e: ft.Outcome(s, {"sum": ft.metrics.Mean(torch.tensor(1.0), torch.tensor(1.0))}))
+    with pytest.raises(MetricError, match="tells a metric that another hook tells in another form"):
+        fit(state, step, case.batches(3), hooks=[ft.on("step", total), other])
+
+
+def test_a_first_batch_that_is_skipped_is_no_reason_to_stop() -> None:
+    case, _, _ = setup("mlp")
+    model, tx = case.model(), ft.optim.adam(1e-2)
+    step = ft.train_step(model, case.loss_fn, tx)
+    batches = case.batches(4)
+    bad = {key: value * torch.nan if value.is_floating_point() else value for key, value in batches[0].items()}
+    without = fit(ft.init(model, tx), step, batches[1:])
+    guarded = fit(ft.init(model, tx), step, [bad, *batches[1:]], hooks=[ft.hooks.spike_guard("skip")])
+    assert equal(guarded.state.params, without.state.params)
+    skipping = fit(ft.init(model, tx), ft.with_skip(step), [bad, *batches[1:]])
+    assert skipping.state.counters().step == 4
+    assert all(bool(leaf.isfinite().all()) for leaf in skipping.state.params.values())
+    with pytest.raises(ft.errors.LossError, match="the loss is nan at the first step"):
+        fit(ft.init(model, tx), step, [bad, *batches[1:]], hooks=[ft.on("step", lambda s, e: s)])
 
 
 # -- evaluators
@@ -459,7 +630,7 @@ SENSELESS = [
     (lambda: ft.on("step", Listener), "got:      the class Listener"),
     (lambda: ft.when(True, lambda s, e: s), "ft.when wants a function of the event."),
     (lambda: ft.when(ft.every(steps=1), lambda s, e: s), "ft.on(ft.every(steps=10), hook)"),
-    (lambda: ft.compose(), "ft.compose wants at least one hook."),
+    (ft.compose, "ft.compose wants at least one hook."),
     (lambda: ft.compose(lambda s, e: s, None), "ft.compose: this is no hook."),
     (lambda: ft.once("step", ft.on("epoch", lambda s, e: s)), "ft.once wants a single hook."),
 ]

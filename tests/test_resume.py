@@ -83,7 +83,7 @@ class Memory:
     path, on_exception, on_signal = "memory", True, True
 
     def __init__(self, every, found=None):
-        self.every, self.found, self.shots = every, found, []
+        self.every, self.found, self.shots, self.last = every, found, [], None
 
     def open(self, like, *, resume, facts, evaluators, optimizers):
         return self
@@ -93,6 +93,11 @@ class Memory:
         self.shots.append(
             ft.Snapshot(shot.state.copy(), copy.deepcopy(shot.position), frozen, list(shot.records), shot.ended)
         )
+        self.last = shot.state.counters().step
+
+    def undo(self, step):
+        # What was kept stays, so that tests can go on from it, but counts no more.
+        self.last = max((n for n in (shot.state.counters().step for shot in self.shots) if n <= step), default=None)
 
     def amend(self, shot):
         assert self.found.notes["pending"] is not None
@@ -101,7 +106,7 @@ class Memory:
         assert evaluator == "val"
 
     def newest(self):
-        return self.shots[-1].state.counters().step if self.shots else None
+        return self.last
 
     def load(self, step):
         return self.shots[-1].state

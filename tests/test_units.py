@@ -141,7 +141,7 @@ SENSELESS = [
     (lambda: ft.every(fraction=1.5), "a part of an epoch: a number in (0, 1]"),
     (lambda: ft.every(fraction=-0.5), "a positive number"),
     (lambda: ft.until(tokens=True), "a positive integer"),
-    (lambda: ft.every(), "ft.every wants exactly one unit."),
+    (ft.every, "ft.every wants exactly one unit."),
     (lambda: ft.after(steps=1, epochs=1), "steps=1, epochs=1"),
     (lambda: ft.at(-1), "ft.at: -1 is not a step."),
     (lambda: ft.at(1, epochs=2), "ft.at wants exactly one unit."),
@@ -174,7 +174,7 @@ def test_a_fraction_of_endless_data(where: str) -> None:
     def endless(epoch: int) -> Any:
         return iter(lambda: torch.ones(4, 1), None)
 
-    cadence = ft.every(fraction=0.5)
+    cadence = ft.until(fraction=0.5) if where == "at_least" else ft.every(fraction=0.5)
     val = ft.Evaluator(lambda state, batch: {"n": 1.0}, [torch.ones(4, 1)], every=cadence)
     given = {"hook": ("hooks", [ft.on(cadence, lambda state, event: state)]), "evaluator": ("evals", {"val": val})}
     name, value = given.get(where, (where, cadence))
@@ -226,6 +226,12 @@ def test_contradictory_limits(limits: dict[str, Any], text: str) -> None:
     with pytest.raises(LimitError, match=re.escape("the limits contradict each other.")) as caught:
         run(**limits)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("cadence", [ft.at(3), ft.every(steps=2), ft.at(epochs=1) & ft.until(steps=2)], ids=repr)
+def test_at_least_holds_from_some_moment_on(cadence: ft.loops.Cadence) -> None:
+    with pytest.raises(LimitError, match="holds at single moments only"):
+        run(at_least=cadence)
 
 
 def test_limits_that_go_together() -> None:

@@ -247,6 +247,15 @@ class RunCheckpoints:
         self.store.amend(step, document)
         self.entries = [_entry(step, document) if entry.step == step else entry for entry in self.entries]
 
+    def undo(self, step: int) -> None:
+        """Delete what this run saved of steps after this one, the newest first: they did not happen."""
+        self.store.wait()
+        for one in [one for one in reversed(self.store.saved) if one > step]:
+            if one in self.runs and one not in self.store.foreign:
+                self.store.delete(one)
+                self.entries = [entry for entry in self.entries if entry.step != one]
+                self.runs.discard(one)
+
     def check_metrics(self, evaluator: str, metrics: Mapping[str, Any]) -> None:
         """Raise where what to keep goes by a metric of this evaluator that it does not give."""
         if self.given.keep is not None:

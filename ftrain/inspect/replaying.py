@@ -274,6 +274,9 @@ class _Reading:
     def amend(self, snapshot: Snapshot, /) -> None:
         """Nothing is written."""
 
+    def undo(self, step: int, /) -> None:
+        """Nothing is deleted."""
+
     def check_metrics(self, evaluator: str, metrics: Mapping[str, Any], /) -> None:
         """Nothing is kept, so nothing depends on a metric."""
 

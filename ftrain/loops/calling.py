@@ -22,7 +22,7 @@ from ..state import TrainState
 from .events import CHANGES, Event, Hook, Many, On, Outcome, When, check_hook, name_of
 from .units import Cadence, Clock, Moment
 
-__all__ = ["Hooks"]
+__all__ = ["Hooks", "went_back"]
 
 Filter = tuple[str | Cadence, ...]
 
@@ -96,7 +96,7 @@ class Hooks:
         extra = dict(state.extra)
         for one in self._entries:
             if isinstance(one.hook, Hook) and one.name not in extra:
-                extra[one.name] = one.hook.init(state)
+                extra[one.name] = one.hook.init(state.replace(extra=dict(extra)))
         return state if extra.keys() == state.extra.keys() else state.replace(extra=extra)
 
     def __call__(self, state: TrainState, event: Event, *, due: bool = True) -> Outcome:
@@ -119,27 +119,33 @@ class Hooks:
             if one.predicates and not _agrees(one, event):
                 continue
             if isinstance(one.hook, Hook):
-                if event.kind == "exception" and (state is None or one.name not in state.extra):
-                    continue  # no state is left that has its memory
                 new, found, why = _with_memory(one.name, one.hook, state, event)
             else:
                 new, found, why = _read(one.name, one.hook(state, event), state, event)
-            if looks and (new is not state or found or why is not None):
-                raise HookError(
-                    explain(
-                        f"the hook {one.name!r} changed something at a {event.kind!r} event, where it can only look.",
-                        cause="the checkpoint is made" if event.kind == "saved" else "the run is over",
-                        expected="the state as it was given, no metrics and no reason to stop",
-                        fix='return state   # and do the work at a "step" or "evaluation" event',
-                    )
-                )
+            if looks:
+                _check_look(one.name, event, state, Outcome(new, found, why))
             for key, value in (found or {}).items():
-                metrics[key] = _metric(one.name, key, value)
+                _add(metrics, key, _metric(one.name, key, value), one.name)
             stop = stop or why
             before, state = state, new
-            if state is not before and state.counters().step < before.counters().step:
+            if went_back(before, state, one.name):
                 break
         return Outcome(state, metrics, stop)
+
+    def witness(self, state: TrainState | None, event: Event) -> Iterator[Exception]:
+        """Let each hook see an exception, whatever the others do with it; gives what they raised themselves."""
+        for one in self._entries:
+            try:
+                if not self._wants(one, event.kind, event.clock) or not _agrees(one, event):
+                    continue
+                if not isinstance(one.hook, Hook):
+                    found = one.hook(state, event)
+                    if found is not state:
+                        _check_look(one.name, event, state, found if isinstance(found, Outcome) else Outcome(found))
+                elif state is not None and one.name in state.extra:
+                    _check_look(one.name, event, state, _with_memory(one.name, one.hook, state, event))
+            except Exception as error:
+                yield error
 
     def passed(self, now: Clock | None) -> None:
         """This moment is over: cadences are asked next about what comes after it."""
@@ -204,6 +210,64 @@ def _agrees(one: _Entry, event: Event) -> bool:
         if not found:
             return False
     return True
+
+
+def _check_look(name: str, event: Event, state: TrainState | None, out: Outcome) -> None:
+    """Raise where a hook changed something at an event at which nothing can be changed any more."""
+    if out.state is not state or out.metrics or out.stop is not None:
+        raise HookError(
+            explain(
+                f"the hook {name!r} changed something at a {event.kind!r} event, where it can only look.",
+                cause="the checkpoint is made" if event.kind == "saved" else "the run is over",
+                expected="the state as it was given, no metrics and no reason to stop",
+                fix='return state   # and do the work at a "step" or "evaluation" event',
+            )
+        )
+
+
+def went_back(before: TrainState, after: TrainState, name: str) -> bool:
+    """Whether a hook gave an earlier state; raises where it changed what only the loop and `ft.init` may."""
+    if after.step is before.step and after.epoch is before.epoch and after.seed is before.seed:
+        return False  # the very same tensors, as mostly: nothing has to be read
+    old, new = before.counters(), after.counters()
+    for field, why, fix in (
+        ("epoch", "steps go back with an earlier state, the data does not", "earlier.replace(epoch=state.epoch)"),
+        (
+            "seed",
+            "all randomness of a run comes from its seed, by which a checkpoint knows it",
+            "state.replace(params=...)",
+        ),
+    ):
+        if getattr(old, field) != getattr(new, field):
+            raise HookError(
+                explain(
+                    f"the hook {name!r} returned a state of another {field}.",
+                    where=f"state.{field}",
+                    expected=str(getattr(old, field)),
+                    got=str(getattr(new, field)),
+                    cause=why,
+                    fix=f"return {fix}",
+                )
+            )
+    return new.step < old.step
+
+
+def _add(metrics: dict[str, Any], key: str, value: Any, name: str) -> None:
+    """Note a metric; one that another hook told at this event as well is merged with that."""
+    held = metrics.get(key)
+    if isinstance(held, Metric) and type(held) is type(value):
+        value = held.merge(value)
+    elif held is not None and type(held) is not type(value):
+        raise MetricError(
+            explain(
+                f"the hook {name!r} tells a metric that another hook tells in another form.",
+                where=key,
+                expected=type(held).__name__,
+                got=type(value).__name__,
+                fix="a name of its own for each",
+            )
+        )
+    metrics[key] = value
 
 
 def _metric(hook: str, key: str, value: Any) -> Any:

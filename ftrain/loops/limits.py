@@ -76,6 +76,15 @@ class Limits(NamedTuple):
                 )
             )
         if at_least is not None:
+            if at_least.pulses():
+                raise LimitError(
+                    explain(
+                        f"{what}: at_least={at_least!r} holds at single moments only.",
+                        expected="what holds from some moment on: ft.until(...), ft.after(...)",
+                        got=repr(at_least),
+                        fix=f"{what}(state, step, data, at_least=ft.until(steps=100))",
+                    )
+                )
             _check_order(at_least, cls(epochs, steps, until), data.length, what)
             at_least = at_least.bound(data.length, tokens, what)
         return cls(epochs, steps, None if until is None else until.bound(data.length, tokens, what), at_least)

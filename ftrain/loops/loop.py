@@ -113,6 +113,7 @@ class _Run:
     done: int = 0  # epochs completed in this run
     tokens: Callable[[Any], int] | None = None  # of a batch
     words: int = 0  # tokens seen in this run
+    before: Clock | None = None  # when `until=` was asked before the present tick
     feed: Feed | None = None
     next: dict[str, Any] = field(default_factory=dict)  # where the epoch after the one that is over begins
     left: Mapping[str, Any] | Exception | None = (
@@ -143,12 +144,12 @@ class _Run:
 
     def position(self, tick: Tick) -> Position:
         if tick.end:
-            return Position(tick.epoch + 1, self.next, self.clock(tick))
+            return Position(tick.epoch + 1, self.next, self.clock(tick), self.before)
         assert self.feed is not None, "a step needs a batch"
         if isinstance(self.left, Exception):
             raise self.left
         place = self.feed.place(tick.batch + 1) if self.left is None else self.left
-        return Position(tick.epoch, place, self.clock(tick))
+        return Position(tick.epoch, place, self.clock(tick), self.before)
 
     def leave(self, read: int | None) -> None:
         """Close the data; in the middle of an epoch, after so many batches, keep the place first where it cannot be told later."""
@@ -282,6 +283,7 @@ def _run(
                 count += 1
                 samples += size
                 read = feed.read
+                run.before = None if limits.until is None else now
                 tick = Tick(
                     state, metrics, count, epoch, samples, feed.read - 1, waited + feed.waited, False, run.words, run
                 )
@@ -306,6 +308,7 @@ def _run(
             raise DataError(_empty(epoch, run.done, source))
         run.done += 1
         state = state.next_epoch()
+        run.before = None if limits.until is None else now
         tick = Tick(state, {}, count, epoch, samples, feed.read - 1, waited, True, run.words, run)
         if epoch_ends:
             state = yield from _give(tick)
@@ -321,9 +324,11 @@ def _asked(limits: Limits, source: Epochs, position: Position) -> tuple[Clock, s
     now, place = position.clock, position.data
     if not now.steps and not now.epochs:
         return now, None
-    # A cadence that fires at one moment compares two clocks. The one before was a step ago; how many samples is not known.
-    epochs = now.epochs - 1 if now.epochs and not place["batch"] else now.epochs
-    before = now._replace(steps=max(now.steps - 1, 0), epochs=epochs, samples=0, seconds=0.0, tokens=0)
+    # A cadence that fires at one moment compares two clocks.
+    before = position.before
+    if before is None:  # a run without `until=`: the clock before is that of a step ago; how many samples is not known
+        epochs = now.epochs - 1 if now.epochs and not place["batch"] else now.epochs
+        before = now._replace(steps=max(now.steps - 1, 0), epochs=epochs)
     if place["batch"] == source.length:  # left after an epoch's last step: the epoch is completed first, as ever
         return before, None
     return now, _over(limits, source, before, now)
@@ -353,8 +358,10 @@ def _give(tick: Tick) -> Generator[Tick, TrainState | None, TrainState]:
     held = tick.state
     sent = yield tick
     while sent is not None:
-        tick.state = held = _sent(sent, held)
-        tick.step, _, tick.samples, _ = tick.state.counters()
+        new = _sent(sent, held)
+        if new.step is not held.step or new.samples is not held.samples:
+            tick.step, _, tick.samples, _ = new.counters()
+        tick.state = held = new
         sent = yield tick
     return tick.state
 
@@ -403,7 +410,7 @@ def _sent(sent: object, state: TrainState) -> TrainState:
         what="the state sent to the loop is not like the one it had.",
         fix="ticks.send(state.replace(...))",
     )
-    if new.counters().epoch != state.counters().epoch:
+    if new.epoch is not state.epoch and new.counters().epoch != state.counters().epoch:
         raise StateError(
             explain(
                 "the state sent to the loop is of another epoch.",

@@ -39,6 +39,7 @@ class _Pack(NamedTuple):
     steps: int
     stacks: list[Tensor]
     told: bool  # by hooks, not by the step
+    rows: list[tuple[str, ...]]  # for each step, which metrics it gave whose values are collected one by one
 
 
 class Meter:
@@ -69,17 +70,19 @@ class Meter:
         """Forget the last so many steps."""
         waiting = min(steps, len(self._waiting))
         del self._waiting[len(self._waiting) - waiting :]
-        packed = left = steps - waiting
+        left = steps - waiting
         for at in reversed(range(len(self._packs))):
             pack = self._packs[at]
-            if not pack.told:
-                n = min(left, pack.steps)
-                left -= n
-                stacks = [stack.reshape(-1, pack.steps)[:, : pack.steps - n] for stack in pack.stacks]
-                self._packs[at] = pack._replace(steps=pack.steps - n, stacks=stacks)
+            if pack.told or not left:
+                continue
+            n = min(left, pack.steps)
+            left -= n
+            for name in (name for row in pack.rows[pack.steps - n :] for name in row):
+                self._collected[name].pop()
+            stacks = [stack.reshape(-1, pack.steps)[:, : pack.steps - n] for stack in pack.stacks]
+            self._packs[at] = pack._replace(steps=pack.steps - n, stacks=stacks, rows=pack.rows[: pack.steps - n])
         self._packs = [pack for pack in self._packs if pack.steps]
-        for rows in self._collected.values():
-            del rows[max(0, len(rows) - packed) :]
+        self._collected = {name: parts for name, parts in self._collected.items() if parts}
 
     def fetch(self) -> dict[str, Any]:
         """Merge all, compute, forget: floats by name (a tensor on the CPU for `Collect`). One transfer for all scalars."""
@@ -112,6 +115,7 @@ class Meter:
                     "steps": one.steps,
                     "stacks": one.stacks,
                     "told": one.told,
+                    "rows": [list(row) for row in one.rows],
                 }
                 for one in self._packs
             ],
@@ -132,6 +136,7 @@ class Meter:
                 one["steps"],
                 [stack.to(device) for stack in one["stacks"]],
                 one["told"],
+                [tuple(row) for row in one["rows"]],
             )
             for one in plain["packs"]
         ]
@@ -149,54 +154,56 @@ class Meter:
 
     def _stack(self, waiting: list[Mapping[str, Metric]], told: bool) -> None:
         run: list[list[Any]] = []
-        names: tuple[str, ...] = ()
-        kinds: tuple[type[Metric], ...] = ()
-        packed = False
+        rows: list[tuple[str, ...]] = []
+        form: tuple[tuple[str, ...], tuple[type[Metric], ...], bool] = ((), (), False)
         for metrics in waiting:
+            collected: tuple[str, ...] = ()
             if type(metrics) is Packed:
-                if metrics.names != names or metrics.kinds != kinds or not packed:
-                    self._close(names, kinds, run, told)
-                    run, names, kinds, packed = [], metrics.names, metrics.kinds, True
-                run.append([metrics.values_])
-                continue
-            scalars: Mapping[str, Metric]
-            if Collect in map(type, metrics.values()):
-                for name, metric in metrics.items():
-                    if isinstance(metric, Collect):
-                        self._collected.setdefault(name, []).append(metric.parts)
-                scalars = {name: metric for name, metric in metrics.items() if not isinstance(metric, Collect)}
+                these, row = (metrics.names, metrics.kinds, True), [metrics.values_]
             else:
-                scalars = metrics
-            these, types = tuple(scalars), tuple(map(type, scalars.values()))
-            if these != names or types != kinds or packed:
-                self._close(names, kinds, run, told)
-                run, names, kinds, packed = [], these, types, False
-            row: list[Any] = []
-            for metric in scalars.values():
-                row.extend(_parts(metric))
+                scalars: Mapping[str, Metric] = metrics
+                if Collect in map(type, metrics.values()):
+                    collected = tuple(name for name, metric in metrics.items() if isinstance(metric, Collect))
+                    for name in collected:
+                        self._collected.setdefault(name, []).append(metrics[name].parts)  # type: ignore[attr-defined]
+                    scalars = {name: metric for name, metric in metrics.items() if name not in collected}
+                these = (tuple(scalars), tuple(map(type, scalars.values())), False)
+                row = [part for metric in scalars.values() for part in _parts(metric)]
+            if these != form:
+                self._close(form[0], form[1], run, rows, told)
+                run, rows, form = [], [], these
             run.append(row)
-        self._close(names, kinds, run, told)
+            rows.append(collected)
+        self._close(form[0], form[1], run, rows, told)
 
-    def _close(self, names: tuple[str, ...], kinds: tuple[type[Metric], ...], run: list[list[Any]], told: bool) -> None:
-        if not run or not run[0]:
+    def _close(
+        self,
+        names: tuple[str, ...],
+        kinds: tuple[type[Metric], ...],
+        run: list[list[Any]],
+        rows: list[tuple[str, ...]],
+        told: bool,
+    ) -> None:
+        """Put the numbers of steps with the same metrics into stacks: a row for each field, a column for each step."""
+        if not run:
             return
-        if isinstance(run[0][0], Tensor) and run[0][0].ndim == 1:  # one vector a step; stacked, a row for each field
-            self._packs.append(_Pack(names, kinds, len(run), [torch.stack([row[0] for row in run], dim=1)], told))
-            return
-        device = next((value.device for value in run[0] if isinstance(value, Tensor)), torch.device("cpu"))
         stacks: list[Tensor] = []
-        group: list[Tensor] = []
-        for column in zip(*run, strict=True):  # neighbouring columns of one dtype are stacked together
-            tensors = [
-                v if isinstance(v, Tensor) else torch.tensor(float(v), dtype=torch.float64, device=device)
-                for v in column
-            ]
-            if group and group[-1].dtype != tensors[0].dtype:
-                stacks.append(torch.stack(group))
-                group = []
-            group.extend(tensors)
-        stacks.append(torch.stack(group))
-        self._packs.append(_Pack(names, kinds, len(run), stacks, told))
+        if run[0] and isinstance(run[0][0], Tensor) and run[0][0].ndim == 1:  # one vector a step
+            stacks = [torch.stack([row[0] for row in run], dim=1)]
+        elif run[0]:
+            device = next((value.device for value in run[0] if isinstance(value, Tensor)), torch.device("cpu"))
+            group: list[Tensor] = []
+            for column in zip(*run, strict=True):  # neighbouring columns of one dtype are stacked together
+                tensors = [
+                    v if isinstance(v, Tensor) else torch.tensor(float(v), dtype=torch.float64, device=device)
+                    for v in column
+                ]
+                if group and group[-1].dtype != tensors[0].dtype:
+                    stacks.append(torch.stack(group))
+                    group = []
+                group.extend(tensors)
+            stacks.append(torch.stack(group))
+        self._packs.append(_Pack(names, kinds, len(run), stacks, told, rows))
 
 
 def _parts(metric: Metric) -> Any:

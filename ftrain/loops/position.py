@@ -21,6 +21,7 @@ class Position:
         epoch: the epoch of the next batch, from 0 on.
         data: the place in that epoch's data: `data["batch"]` batches were handed out; the rest is the data's own.
         clock: how much was done since the run began, this and earlier processes together.
+        before: the clock at which the limits of the run were asked before, where they ask for a moment; else None.
 
     >>> import torch, ftrain as ft
     >>> model, tx = torch.nn.Linear(1, 1), ft.optim.sgd(0.1)
@@ -39,10 +40,12 @@ class Position:
     epoch: int
     data: Mapping[str, Any] = field(default_factory=lambda: {"batch": 0})
     clock: Clock = field(default_factory=Clock)
+    before: Clock | None = None
 
     def plain(self) -> dict[str, Any]:
         """As nested dicts and lists, for a checkpoint."""
-        return {"epoch": self.epoch, "data": dict(self.data), "clock": self.clock._asdict()}
+        before = None if self.before is None else self.before._asdict()
+        return {"epoch": self.epoch, "data": dict(self.data), "clock": self.clock._asdict(), "before": before}
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Position:
@@ -52,7 +55,8 @@ class Position:
         >>> ft.Position.of(ft.Position(3).plain()) == ft.Position(3)
         True
         """
-        return cls(plain["epoch"], plain["data"], Clock(**plain["clock"]))
+        before = None if plain["before"] is None else Clock(**plain["before"])
+        return cls(plain["epoch"], plain["data"], Clock(**plain["clock"]), before)
 
 
 def check_position(start: object, counters: Counters, what: str) -> Position:

@@ -38,7 +38,7 @@ class Recorder:
     def take(self, metrics: Mapping[str, Any]) -> None:
         """Take what hooks tell: numbers, and metrics on the device."""
         numbers = {name: value for name, value in metrics.items() if not isinstance(value, Metric)}
-        self.extra = self.extra | numbers
+        self.extra = {name: value for name, value in self.extra.items() if name not in metrics} | numbers
         if len(numbers) < len(metrics):
             self.meter.tell({name: value for name, value in metrics.items() if name not in numbers})
 

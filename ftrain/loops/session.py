@@ -76,6 +76,8 @@ class Session:
         self.step: Any = None
         self.source: Any = None
         self.unchecked = True
+        self.spoilt: LossError | None = None  # the first loss is not finite, and a hook may know what to do
+        self.undone = False  # whether hooks went back, and what was kept of the steps in between is there still
         # What is happening at this tick, and what was there before it: where it does not come to its end, it is done again.
         self.attending: str | None = None
         self.before: tuple[dict[str, Any], Clock | None] = ({}, None)
@@ -98,6 +100,7 @@ class Session:
             self.begin = (counters.step, counters.samples)
             self.start = position
             self.tick = Tick(state, {}, counters.step, counters.epoch, counters.samples, -1)
+            self.attending = "start"  # whoever goes on from here begins with it
             if self.rehearse(state):
                 state, reason = self.attend(self.tick, "start")
             else:
@@ -224,6 +227,9 @@ class Session:
                 if due or hooked[0] is not tick.state or hooked[1] is not None:
                     now = self.clock(tick)
                     asked = now._replace(seconds=asked.seconds)  # what fell due while the hooks ran comes the next time
+            spoilt, self.spoilt = self.spoilt, None
+            if spoilt is not None and not self.undone and hooked[1] is None:
+                raise spoilt
             self.hooks.passed(asked)
             self.hooked, self.before = hooked, (self.told.extra, self.hooks.before)
         state, stop = hooked
@@ -249,7 +255,9 @@ class Session:
         if results and self.hooks.listens("evaluation", now):
             named = {name: value for record in results for name, value in record.named().items()}
             state, why = self.happens(tick, state, "evaluation", metrics=named)
-            now, stop = self.clock(tick), stop or why
+            stop = stop or why
+            # What falls due while this goes on comes the next time; only a hook that went back changes the moment.
+            now = self.clock(tick)._replace(seconds=now.seconds)
         records = self.recorded(tick, kind, before, now) + results
         self.told.records.extend(records)
         stop = self.hold(stop, before, now)
@@ -294,8 +302,11 @@ class Session:
 
     def preserve(self, tick: Tick, kind: str, before: Clock | None, now: Clock, stop: str | None) -> bool:
         """The checkpoint and the copy that are due now; gives whether a checkpoint was made."""
-        saved = False
-        if self.saving is not None and (self.owed or self.saving.fires(before, now)):
+        saved, undone = False, self.undone
+        self.undone = False
+        if undone:
+            self.undo(tick.step)
+        if self.saving is not None and (self.owed or undone or self.saving.fires(before, now)):
             self.owed = self.final
             if not self.owed:
                 saved = self.save(self.snapshot(stop))
@@ -303,6 +314,14 @@ class Session:
             shot = self.snapshot(stop)
             self.kept = Snapshot(shot.state.copy(), shot.position, shot.notes, tuple(shot.records), shot.ended)
         return saved
+
+    def undo(self, step: int) -> None:
+        """Let go of what was kept of steps that did not happen."""
+        if self.kept is not None and self.kept.state.counters().step > step:
+            self.kept = None
+        if self.saver is not None and self.saved is not None and self.saved > step:
+            self.saver.undo(step)
+            self.saved = self.saver.newest()
 
     def cadences(self) -> list[Cadence]:
         held = None if self.held is None else self.at_least
@@ -315,14 +334,16 @@ class Session:
         """Call the hooks; where one goes back to an earlier state, the steps in between did not happen."""
         with self.told.spent.on("hooks"):
             new, metrics, stop = self.hooks(state, self.event(kind, tick, now, **about), due=due)
+        if new.step is not state.step or new.samples is not state.samples:
+            step, _, samples, _ = new.counters()
+            if step < tick.step and kind != "start":
+                self.told.meter.drop(tick.step - step)
+                self.back = self.undone = True
+            tick.step, tick.samples = step, samples
+            if kind == "start":  # this is where the run begins
+                self.begin = (step, samples)
         if metrics:
             self.told.take(metrics)
-        if new is not state:
-            step, _, samples, _ = new.counters()
-            if step < tick.step:
-                self.told.meter.drop(tick.step - step)
-                self.back = True
-            tick.step, tick.samples = step, samples
         return new, stop
 
     def look(self, state: TrainState | None, kind: str, tick: Tick, **about: Any) -> None:
@@ -441,17 +462,23 @@ class Session:
         """The one look at a value before the first log point: a run that begins with NaN is wrong from the start."""
         loss = tick.metrics.get("loss")
         value = None if loss is None else float(loss.compute())  # sync: once in a run
-        if value is not None and not math.isfinite(value):
-            raise LossError(
-                explain(
-                    f"the loss is {value} at the first step.",
-                    where=f"step {tick.step}, the first batch",
-                    expected="a finite number",
-                    cause="inputs that are not normalised or hold NaN, a log or division by zero, or half precision",
-                    fix="loss_fn(ft.to_module(model, state), batch)   # look at it eagerly, with torch.autograd.set_detect_anomaly",
-                )
+        if value is None or math.isfinite(value):
+            self.unchecked = False
+            return
+        if guarded((tick.state.opt, tick.state.extra)):
+            return  # the step skips such batches by itself; the next loss is the first one
+        error = LossError(
+            explain(
+                f"the loss is {value} at the first step.",
+                where=f"step {tick.step}, the first batch",
+                expected="a finite number",
+                cause="inputs that are not normalised or hold NaN, a log or division by zero, or half precision",
+                fix="loss_fn(ft.to_module(model, state), batch)   # look at it eagerly, with torch.autograd.set_detect_anomaly",
             )
-        self.unchecked = False
+        )
+        if not self.hooks.steady:
+            raise error
+        self.spoilt = error
 
     # -- when it goes wrong ---------------------------------------------------------------------------------------------------
 
@@ -479,10 +506,14 @@ class Session:
 
     def witness(self, error: BaseException, failure: Failure, tick: Tick) -> None:
         """Let the hooks see that the run failed, with the newest state that is in memory."""
-        try:
-            self.look(None if failure.origin == "checkpoint" else failure.state, "exception", tick, error=error)
-        except Exception as second:  # the first error is the one to raise
-            annotate(error, f"ftrain: a hook failed at the 'exception' event: {second}")
+        now = self.clock(tick)
+        if self.hooks.listens("exception", now):
+            state = None if failure.origin == "checkpoint" else failure.state
+            path = None if self.saver is None else self.saver.path
+            for second in self.hooks.witness(state, self.event("exception", tick, now, path=path, error=error)):
+                annotate(
+                    error, f"ftrain: a hook failed at the 'exception' event: {second}"
+                )  # the first is the one to raise
 
     def where(self, tick: Tick) -> tuple[int, int, int]:
         """The newest complete step, and epoch and position of the batch that is being worked on."""
@@ -533,3 +564,11 @@ class Session:
                 state = tick.state
                 put(failures[0], "ftrain", Failure("step", lambda: state, tick.step, self.where(tick)))
             raise failures[0]
+
+
+def guarded(node: Any) -> bool:
+    """Whether a part of a state counts batches that were skipped: of `with_skip`, `skip_nonfinite`, a loss scale."""
+    if isinstance(node, tuple) and "skipped" in getattr(node, "_fields", ()):
+        return True
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, (tuple, list)) else ()
+    return any(guarded(child) for child in children)
