@@ -73,6 +73,7 @@ def examples(session: nox.Session) -> None:
             "finetune": (),
             "gradient_penalty": ("--steps", "600"),
             "maml": ("--steps", "800"),
+            "sweep": (),
         }
         for name, arguments in short.items():  # uncompiled, some ten seconds each
             session.run("python", str(scripts / f"{name}.py"), *arguments)

@@ -118,7 +118,32 @@ def test_maml_adapts_in_one_step(tmp_path):
     assert loss["MAML"][5] < loss["MAML"][1]  # further steps, which it was not trained for, help too
 
 
+def test_folds_ensembles_and_sweeps_are_loops(tmp_path):
+    out = run("sweep.py", "--epochs", "4", "--folds", "3", "--members", "3", cwd=tmp_path)
+    found = [
+        (name, float(value.rstrip("%"))) for name, value in re.findall(r"^ +(\S+) +([\d.e+-]+%?)$", out, re.MULTILINE)
+    ]
+    folds, members, rates = found[:5], found[5:10], found[10:]
+    assert [name for name, _ in folds] == ["1", "2", "3", "mean", "deviation"]
+    accuracies = [value for _, value in folds[:3]]
+    assert abs(folds[3][1] - sum(accuracies) / 3) < 0.02
+    assert min(accuracies) > 85
+    assert len(set(accuracies)) > 1  # other data
+    assert [name for name, _ in members] == ["0", "1", "2", "alone", "together"]
+    assert members[4][1] >= members[3][1]  # the mean prediction is at least as good as a member is on average
+    assert len({value for _, value in members[:3]}) > 1  # other seeds
+    losses = dict(rates[:-1])
+    assert len(losses) == 6
+    assert rates[-1] == ("best", float(min(losses, key=losses.__getitem__)))
+    assert losses["1e-04"] > 2 * min(losses.values())
+    assert re.search(r"^12 runs in [\d.]+ s$", out, re.MULTILINE)
+    assert (
+        out.split("\n")[:-2]
+        == run("sweep.py", "--epochs", "4", "--folds", "3", "--members", "3", cwd=tmp_path).split("\n")[:-2]
+    )
+
+
 @pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_wrong_options_are_told(script, tmp_path):
-    limit = "--epochs" if script in ("digits.py", "gan.py") else "--steps"
+    limit = "--epochs" if script in ("digits.py", "gan.py", "sweep.py") else "--steps"
     assert "0 is not positive" in run(script, limit, "0", cwd=tmp_path, code=2)
