@@ -312,6 +312,16 @@ def test_a_run_that_goes_back_equals_the_run_without_those_batches(compile: bool
     assert told == [f"step {n} after" for n in (1, 2, 3, 3, 4, 5, 6)]  # not for the step that did not happen
 
 
+@pytest.mark.parametrize("more", [{}, {"checkpoint": 1}, {"evals": 5}], ids=["alone", "saved", "evaluated"])
+def test_what_was_undone_falls_due_again(more: dict[str, int]) -> None:
+    case, step, state = setup("mlp")
+    arguments: dict[str, Any] = {"checkpoint": Memory(ft.every(steps=1))} if "checkpoint" in more else {}
+    if "evals" in more:
+        arguments = {"evals": {"val": evaluator([], "val", ft.every(steps=5))}}
+    done = fit(state, step, case.batches(11), hooks=[undo(5, 2)], log=ft.every(steps=3), **arguments)
+    assert [r.step for r in done.history if r.split == "train"] == [3, 3, 6, 8]
+
+
 def test_limits_count_what_was_not_undone_and_epochs_go_on() -> None:
     case, step, state = setup("mlp")
     done = fit(state, step, case.batches(5), steps=7, hooks=[undo(4, 2)])
@@ -342,13 +352,10 @@ def test_a_state_of_an_earlier_epoch_is_refused() -> None:
     with pytest.raises(HookError, match=re.escape("the hook 'back' returned a state of another epoch.")):
         fit(state, step, case.batches(3), epochs=2, hooks=[ft.on("step", back)], checkpoint=saver)
     assert [shot.state.counters()[:2] for shot in saver.shots] == [(1, 0), (2, 0), (3, 1), (4, 1)]  # good ones alone
-    early.clear()
     ticks = ft.loop(state, step, case.batches(3), epochs=2)
+    early = [next(ticks).state for _ in range(4)]
     with pytest.raises(StateError, match=re.escape("the state sent to the loop is of another epoch.")):
-        for tick in ticks:
-            early.append(tick.state)
-            if tick.step == 4:
-                ticks.send(early[0])
+        ticks.send(early[0])
 
 
 def test_a_hook_cannot_change_the_seed() -> None:

@@ -233,7 +233,7 @@ class Session:
             self.hooks.passed(asked)
             self.hooked, self.before = hooked, (self.told.extra, self.hooks.before)
         state, stop = hooked
-        if not due and stop is None:  # a hook that is called at every step was, and that was all
+        if not (due or stop or self.undone):  # a hook that is called at every step was, and that was all
             self.attending, tick.state = None, state
             return state, None
         return self.evaluated(tick, kind, before, now, hooked)

@@ -112,8 +112,8 @@ def loop_contenders(root: str) -> list[Contender]:
     ]
 
 
-def overheads(heading: str, note: str, found: dict[str, Samples]) -> report.Table:
-    """One row for each contender, with what it takes more than the first."""
+def overheads(heading: str, note: str, found: dict[str, Samples], first: str = "bare") -> report.Table:
+    """One row for each contender, with what it takes more than the first, which the heading calls `first`."""
     bare = next(iter(found.values()))
     rows = []
     for one in found.values():
@@ -128,7 +128,7 @@ def overheads(heading: str, note: str, found: dict[str, Samples]) -> report.Tabl
                 f"{Spread.of(one.set_up).median:.1f}" if one.set_up else "-",
             ]
         )
-    columns = ["", "us/step", "quartiles", "us more than bare", "by CPU", "set-up ms"]
+    columns = ["", "us/step", "quartiles", f"us more than {first}", "by CPU", "set-up ms"]
     return report.Table(heading, note, columns, rows)
 
 

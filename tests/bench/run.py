@@ -8,7 +8,8 @@ It prints tables and bars and always ends with status 0; what the figures mean f
 - parts: one update from eight micro-batches;
 - gpt: what it costs to compile the step of a GPT of 12 layers, cold and warm (first_call.py);
 - data: the device feed, seeking, and what the loop and `fit` take beside the step (data.py);
-- checkpoints: saving and restoring beside torch.save, torch.distributed.checkpoint and safetensors (checkpoints.py).
+- checkpoints: saving and restoring beside torch.save, torch.distributed.checkpoint and safetensors (checkpoints.py);
+- hooks: what happens around the steps: hooks, evaluation, metrics, skipping bad batches (hooks.py).
 
 `--write` with some of the parts renews those in the files, and leaves the others as they are.
 
@@ -33,7 +34,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "benchmarks"
-PARTS = ("small", "large", "recipe", "parts", "gpt", "data", "checkpoints")
+PARTS = ("small", "large", "recipe", "parts", "gpt", "data", "checkpoints", "hooks")
 
 
 def main() -> None:
@@ -201,6 +202,14 @@ class Bench:
 
         rounds = 3 if self.quick else max(self.rounds // 5, 3)
         tables, bars, self.samples = checkpoints.run(rounds, self.quick, self.folder, self.tell)
+        self.tables += tables
+        self.bars += bars
+
+    def hooks(self) -> None:
+        """What happens around the steps."""
+        import hooks
+
+        tables, bars, self.samples = hooks.run(self.rounds, self.quick, self.folder, self.tell)
         self.tables += tables
         self.bars += bars
 
