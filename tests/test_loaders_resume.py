@@ -57,3 +57,18 @@ def test_a_loader_is_read_on_where_it_was_left(kind):
         assert len(first) + len(rest) == len(whole), (how, at)
         for one, two in zip([*first, *rest], whole, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True)), (how, at)
+
+
+@pytest.mark.parametrize(
+    "give",
+    [list, iter, tuple, lambda batches: ft.data.source({"x": torch.cat(batches)}).batch(2)],
+    ids=["list", "iter", "tuple", "source"],
+)
+def test_a_place_is_the_same_whether_or_not_one_looked_ahead(give) -> None:
+    model, tx = torch.nn.Linear(1, 1), ft.optim.sgd(0.1)
+    step = ft.as_step(lambda state, batch: (state.advance(2), {}))
+    batches = [torch.full((2, 1), float(i)) for i in range(4)]
+    for tick in ft.loop(ft.init(model, tx), step, lambda epoch: give(batches)):
+        place = tick.position().data
+        tick.last()
+        assert tick.position().data == place == {"batch": tick.batch + 1}

@@ -72,7 +72,9 @@ class Epochs:
         skip = start.get("skip", 0)  # see Reader.place: after an error
         if skip:
             start = {key: value for key, value in start.items() if key != "skip"} | {"batch": start["batch"] - skip}
-        reader = Reader(self._make(epoch, start), start["batch"], start)
+        batches = self._make(epoch, start)
+        # A function of the epoch may give data that has a reader already: two would read ahead of each other.
+        reader = batches if isinstance(batches, Reader) else Reader(batches, start["batch"], start)
         try:
             for count in range(skip):
                 try:
