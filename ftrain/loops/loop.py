@@ -322,7 +322,7 @@ def _run(
 def _asked(limits: Limits, source: Epochs, position: Position) -> tuple[Clock, str | None]:
     """Where a run goes on: the clock at which limits were asked last, and which of them was reached already."""
     now, place = position.clock, position.data
-    if not now.steps and not now.epochs:
+    if not now.steps and not now.epochs and not place["batch"]:
         return now, None
     # A cadence that fires at one moment compares two clocks.
     before = position.before
