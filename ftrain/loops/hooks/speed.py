@@ -65,7 +65,7 @@ def throughput(
         flops_per_sample: those for one sample; or
         flops_per_token: those for one token, e.g. 6 times the number of parameters of a transformer.
         peak: FLOP/s of all devices that the step runs on; or the name of one device, e.g. `"H100"` or
-            `torch.cuda.get_device_name()`, for its dense bfloat16 figure in `ftrain.loops.hooks.throughput.PEAKS`.
+            `torch.cuda.get_device_name()`, for its dense bfloat16 figure in `ftrain.loops.hooks.speed.PEAKS`.
         name: of the memory in `state.extra`.
 
     Returns:

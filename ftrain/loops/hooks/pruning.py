@@ -134,7 +134,7 @@ def smallest(sizes: Tensor, part: Tensor) -> Tensor:
         part: (), in [0, 1].
 
     >>> import torch
-    >>> from ftrain.loops.hooks.prune import smallest
+    >>> from ftrain.loops.hooks.pruning import smallest
     >>> smallest(torch.tensor([3.0, 1.0, 2.0, 1.0]), torch.tensor(0.5))
     tensor([False,  True, False,  True])
     """

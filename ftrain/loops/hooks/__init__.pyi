@@ -1,0 +1,12 @@
+from .average import swap_average as swap_average
+from .devices import device_stats as device_stats
+from .stopping import early_stop as early_stop
+from .garbage import garbage_collection as garbage_collection
+from .rates import learning_rate as learning_rate
+from .skipped import nonfinite as nonfinite
+from .plateaus import plateau as plateau
+from .pruning import prune as prune
+from .guarding import spike_guard as spike_guard
+from .speed import throughput as throughput
+from .timing import timer as timer
+from .unfreezing import unfreeze as unfreeze
