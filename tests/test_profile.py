@@ -10,8 +10,8 @@ import ftrain as ft
 from ftrain.data.spans import LISTENER
 from ftrain.errors import ArgumentError, DataError, HookError, LimitError, ProfileWarning
 from ftrain.inspect import Split, split
+from ftrain.loops.cadences import Clock
 from ftrain.loops.calling import Hooks
-from ftrain.loops.units import Clock
 from ftrain.steps.watching import WATCHER
 
 MODEL, TX = torch.nn.Linear(3, 1), ft.optim.sgd(0.1)

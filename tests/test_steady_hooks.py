@@ -10,7 +10,7 @@ import torch
 
 import ftrain as ft
 from ftrain.loops import session
-from ftrain.loops.units import Cadence, Clock, Moment
+from ftrain.loops.cadences import Cadence, Clock, Moment
 
 NEVER = 10**6
 

@@ -15,7 +15,7 @@ from hypothesis import given
 
 import ftrain as ft
 from ftrain.errors import ArgumentError, LimitError
-from ftrain.loops.units import Clock, bounds
+from ftrain.loops.cadences import Clock, bounds
 
 LENGTH = 5  # of an epoch
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, CheckpointWarning, explain
 from ..loops import Snapshot
-from ..loops.units import Cadence, every
+from ..loops.cadences import Cadence
+from ..loops.units import every
 from ..sinks import Record
 from ..state import TrainState
 from .entries import Entry

@@ -20,9 +20,9 @@ from torch.profiler import ProfilerActivity, record_function
 
 from ..data.spans import LISTENER
 from ..errors import ArgumentError, HookError, LimitError, ProfileWarning, explain
+from ..loops.cadences import Cadence, Clock, Moment
 from ..loops.events import Event, compose, on
 from ..loops.spent import PARTS
-from ..loops.units import Cadence, Clock, Moment
 from ..state import TrainState
 from ..steps.watching import watching
 from ..types import Batch

@@ -23,10 +23,10 @@ from ..checkpoint.checkpoints import Checkpoints
 from ..checkpoint.journal import Journal
 from ..checkpoint.resuming import read_run
 from ..errors import ArgumentError, CheckpointError, CompileError, LimitError, explain
+from ..loops.cadences import Cadence, Clock, Moment
 from ..loops.evaluate import Compile, Evaluator, prepare
 from ..loops.fit import fit
 from ..loops.snapshot import Snapshot
-from ..loops.units import Cadence, Clock, Moment
 from ..metrics import Metric
 from ..state import TrainState, check_state
 from ..steps.compile import CompiledStep

@@ -2,6 +2,8 @@
 
 from . import hooks as hooks
 from .batch_norm import update_bn as update_bn
+from .cadences import Cadence as Cadence
+from .cadences import Clock as Clock
 from .evaluate import Evaluator as Evaluator
 from .evaluate import evaluate as evaluate
 from .evaluate import predict as predict
@@ -14,14 +16,12 @@ from .events import once as once
 from .events import when as when
 from .fit import Result as Result
 from .fit import fit as fit
-from .loop import Tick as Tick
 from .loop import loop as loop
 from .position import Position as Position
 from .predictions import write_predictions as write_predictions
 from .snapshot import Failure as Failure
 from .snapshot import Snapshot as Snapshot
-from .units import Cadence as Cadence
-from .units import Clock as Clock
+from .ticks import Tick as Tick
 from .units import after as after
 from .units import at as at
 from .units import every as every

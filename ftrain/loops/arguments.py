@@ -9,9 +9,9 @@ from .. import tree
 from ..data.window import ungrouped
 from ..errors import DataError, LimitError, explain
 from ..state import TrainState
+from .cadences import Cadence
 from .evaluate import Compile, Evaluator, Prepared, check_count, prepare, with_params
 from .events import Hook
-from .units import Cadence
 
 __all__ = ["check_arguments", "check_averages", "check_evaluators"]
 

@@ -19,8 +19,8 @@ from .. import tree
 from ..errors import HookError, MetricError, explain
 from ..metrics import Collect, Last, Metric
 from ..state import TrainState
+from .cadences import Cadence, Clock, Moment
 from .events import CHANGES, Event, Hook, Many, On, Outcome, When, check_hook, name_of
-from .units import Cadence, Clock, Moment
 
 __all__ = ["Hooks", "went_back"]
 

@@ -23,9 +23,10 @@ from ..state import TrainState, check_state
 from ..steps.average import averaged
 from ..steps.compile import CompiledStep
 from ..steps.compile import compile as compile_step
+from .cadences import Cadence
 from .meter import Meter
 from .signals import Signals
-from .units import Cadence, every
+from .units import every
 
 __all__ = ["Evaluator", "Prepared", "check_count", "evaluate", "predict", "prepare", "with_params"]
 

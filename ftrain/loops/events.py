@@ -24,7 +24,7 @@ import torch
 
 from ..errors import HookError, explain
 from ..state import TrainState
-from .units import Cadence, Clock
+from .cadences import Cadence, Clock
 
 __all__ = [
     "CHANGES",

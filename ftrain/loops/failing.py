@@ -6,8 +6,8 @@ from typing import Any
 
 from ..state import TrainState
 from ..types import Saver
-from .loop import Tick
 from .snapshot import Failure, Snapshot
+from .ticks import Tick
 
 __all__ = ["annotate", "newest", "note", "put", "valid"]
 

@@ -14,6 +14,7 @@ from ..steps.kinds import optimizers
 from ..steps.train import Stepped
 from ..types import Checkpointer
 from .arguments import check_arguments, check_averages, check_evaluators
+from .cadences import Cadence
 from .calling import Hooks
 from .evaluate import Compile, Evaluator, prepare
 from .limits import Limits
@@ -21,7 +22,7 @@ from .loop import ready
 from .session import Session
 from .signals import Signals
 from .snapshot import Snapshot
-from .units import Cadence, every
+from .units import every
 
 __all__ = ["Result", "fit"]
 
@@ -176,7 +177,7 @@ def fit(
                 evaluators=list(evaluators),
                 optimizers=optimizers(compiled.step),
             )
-            session.saving = session.saver.every.bound(length, counted, "ft.fit: checkpoint=")
+            session.agenda.saving = session.saver.every.bound(length, counted, "ft.fit: checkpoint=")
             found = session.saver.found
         if found is not None:
             state = found.state

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ..data import Epochs
 from ..errors import DataError, LimitError, explain
-from .units import Cadence, Clock
+from .cadences import Cadence, Clock
 
 __all__ = ["Limits"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import DataError, StateError, explain
 from ..state import Counters
-from .units import Clock
+from .cadences import Clock
 
 __all__ = ["Position"]
 

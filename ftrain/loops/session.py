@@ -19,18 +19,20 @@ from ..sinks import History, Record
 from ..state import TrainState
 from ..steps.compile import CompiledStep
 from ..types import Saver
+from .agenda import Agenda
+from .cadences import Cadence, Clock
 from .calling import Hooks
 from .evaluate import Prepared, Stopped, run, with_params
 from .events import Event
 from .failing import annotate, newest, note, put, valid
 from .limits import Limits
-from .loop import Tick, loop
+from .loop import loop
 from .meter import pack_metrics, unpack_metrics
 from .position import Position
 from .recording import Recorder
 from .signals import Signals
 from .snapshot import Failure, Snapshot
-from .units import Cadence, Clock, Moment, bounds
+from .ticks import Tick
 
 __all__ = ["Session"]
 
@@ -55,19 +57,14 @@ class Session:
         at_least: Cadence | None = None,
         tokens: Callable[[Any], int] | None = None,
     ) -> None:
-        self.log, self.evaluators, self.hooks, self.told = log, evaluators, hooks, Recorder(sinks)
-        self.every, self.signals, self.streams = snapshot, signals, streams
-        self.at_least, self.tokens = at_least, tokens
+        self.evaluators, self.hooks, self.told = evaluators, hooks, Recorder(sinks)
+        cadences = [one.every for one in evaluators.values()]
+        self.agenda = Agenda(hooks, log, cadences, snapshot=snapshot, at_least=at_least)
+        self.signals, self.streams, self.tokens = signals, streams, tokens
         self.saver: Saver | None = None
-        self.saving: Cadence | None = None  # when the saver saves
-        self.held: str | None = None  # a hook's reason to stop, until the run has done what it does at least
         self.began = time.perf_counter()
         self.begin = (0, 0)  # the state's counts of steps and samples when the run began
         self.done = 0  # epochs completed in this run
-        self.asked: Clock | None = None  # when the cadences were last asked
-        self.due = 0.0  # the first step at which one of them may fire, or a hook that is not called at every step
-        self.due_at = math.inf  # the first second at which one may that waits for the time
-        self.back = False  # whether hooks went back since that was found out, so that some may fire sooner
         self.final = False  # whether this is the last step of its epoch, where something that is due depends on it
         self.ended: str | None = None  # why the run is over, where a hook or the data said so
         self.owed = False  # a checkpoint that was due at the last step of an epoch, and is made at the epoch's end
@@ -170,7 +167,7 @@ class Session:
             self.told.progress,
             self.signals,
         )
-        refresh = math.inf if show is None else time.perf_counter()
+        agenda, refresh = self.agenda, math.inf if show is None else time.perf_counter()
         try:
             while signals.reason is None:
                 try:
@@ -190,7 +187,12 @@ class Session:
                     add(tick.metrics)
                     if self.unchecked:
                         self.first_loss(tick)
-                if steady or tick.end or tick.step - begin >= self.due or self.timed():
+                if (
+                    steady
+                    or tick.end
+                    or tick.step - begin >= agenda.due
+                    or (agenda.due_at < math.inf and self.seconds() >= agenda.due_at)
+                ):
                     old = tick.state
                     new, stop = self.attend(tick, "epoch" if tick.end else "step")
                     if new is not old:
@@ -214,14 +216,14 @@ class Session:
             kind: `"start"`, `"step"` or `"epoch"`.
             hooked: what the first hooks gave, where another session had come so far.
         """
-        now, before = self.clock(tick), self.asked
+        now, before = self.clock(tick), self.agenda.asked
         self.attending, self.hooked, self.before = kind, hooked, (self.told.extra, self.hooks.before)
-        due = kind != "step" or hooked is not None or now.steps >= self.due or now.seconds >= self.due_at
+        due = kind != "step" or hooked is not None or self.agenda.reached(now)
         if tick.ran():  # else the session before has found out
-            self.final = due and kind == "step" and self.depends(before, now) and tick.last()
+            self.final = due and kind == "step" and self.agenda.waits(before, now) and tick.last()
         if hooked is None:
             hooked, asked = (tick.state, None), now
-            ask = due or self.back
+            ask = due or self.agenda.back
             if self.hooks and self.hooks.listens(kind, now, due=ask):
                 hooked = self.happens(tick, tick.state, kind, now, due=ask, metrics=tick.metrics)
                 if due or hooked[0] is not tick.state or hooked[1] is not None:
@@ -260,43 +262,22 @@ class Session:
             now = self.clock(tick)._replace(seconds=now.seconds)
         records = self.recorded(tick, kind, before, now) + results
         self.told.records.extend(records)
-        stop = self.hold(stop, before, now)
+        stop = self.agenda.hold(stop, before, now)
         self.attending, self.ended = None, stop
         tick.state = state
-        self.asked = now
+        self.agenda.asked = now
         with self.told.spent.on("checkpoint"):
             saved = self.preserve(tick, kind, before, now, stop)
         if saved:
             self.look(state, "saved", tick)
-        self.plan(now)
+        self.agenda.close(now)
         for record in records:
             self.told.emit(record)
         return state, stop
 
-    def timed(self) -> bool:
-        """Whether it is time for something that waits for the time."""
-        return self.due_at < math.inf and self.seconds() >= self.due_at
-
-    def plan(self, now: Clock) -> None:
-        """Find out when something may be due next."""
-        moments: list[Moment] = self.hooks.moments(self.hooks.before or now)
-        for cadence in self.cadences():
-            moments.extend(cadence.moments(now))
-        self.due, self.due_at = bounds(moments, now)
-        self.back = False
-
-    def hold(self, stop: str | None, before: Clock | None, now: Clock) -> str | None:
-        """A reason to stop, once the run has done what it does at least."""
-        stop = self.held or stop
-        if stop is None or self.at_least is None or self.at_least.fires(before, now):
-            self.held = None
-            return stop
-        self.held = stop
-        return None
-
     def recorded(self, tick: Tick, kind: str, before: Clock | None, now: Clock) -> list[Record]:
         """The record of training that is due now. That of an epoch's last step is made at the epoch's end, which comes next."""
-        if before is None or not (tick.end or self.log.fires(before, now)):
+        if before is None or not (tick.end or self.agenda.log.fires(before, now)):
             return []
         return [] if self.final else self.record(tick)
 
@@ -306,11 +287,12 @@ class Session:
         self.undone = False
         if undone:
             self.undo(tick.step)
-        if self.saving is not None and (self.owed or undone or self.saving.fires(before, now)):
+        if self.saver is not None and (self.owed or undone or self.agenda.saves(before, now)):
             self.owed = self.final
             if not self.owed:
                 saved = self.save(self.snapshot(stop))
-        if self.every is not None and self.every.fires(before, now):
+        copying = self.agenda.snapshot
+        if copying is not None and copying.fires(before, now):
             shot = self.snapshot(stop)
             self.kept = Snapshot(shot.state.copy(), shot.position, shot.notes, tuple(shot.records), shot.ended)
         return saved
@@ -323,11 +305,6 @@ class Session:
             self.saver.undo(step)
             self.saved = self.saver.newest()
 
-    def cadences(self) -> list[Cadence]:
-        held = None if self.held is None else self.at_least
-        found = [self.log, self.every, self.saving, held, *(one.every for one in self.evaluators.values())]
-        return [cadence for cadence in found if cadence is not None]
-
     def happens(
         self, tick: Tick, state: TrainState, kind: str, now: Clock | None = None, *, due: bool = True, **about: Any
     ) -> Attended:
@@ -338,7 +315,7 @@ class Session:
             step, _, samples, _ = new.counters()
             if step < tick.step and kind != "start":
                 self.told.meter.drop(tick.step - step)
-                self.back = self.undone = True
+                self.agenda.back = self.undone = True
             tick.step, tick.samples = step, samples
             if kind == "start":  # this is where the run begins
                 self.begin = (step, samples)
@@ -377,10 +354,6 @@ class Session:
         epochs, seconds = self.epochs(tick), self.seconds()
         return Record(tick.step, epochs, tick.samples, seconds, split, metrics, tokens=tick.tokens, **times)
 
-    def depends(self, before: Clock | None, now: Clock) -> bool:
-        """Whether something is due that waits for the epoch's end where this is its last step."""
-        return self.log.fires(before, now) or (self.saving is not None and self.saving.fires(before, now))
-
     # -- as a value -----------------------------------------------------------------------------------------------------------
 
     def position(self, tick: Tick) -> Position:
@@ -399,13 +372,14 @@ class Session:
             pending["hooked"] = self.hooked is not None
             if self.hooked is not None:
                 state, pending["stop"] = self.hooked
-        asked = self.asked
+        asked = self.agenda.asked
         notes = {
             "told": self.told.plain(extra, tick.waited),
             "asked": None if asked is None else asked._asdict(),
             "hooks": None if hooks is None else hooks._asdict(),
-            "held": self.held,
+            "held": self.agenda.held,
             "owed": self.owed,
+            "unchecked": self.unchecked,
             "streams": self.streams.state(),
             "pending": pending,
             "begin": list(self.begin),
@@ -420,9 +394,10 @@ class Session:
         self.begin = (counters.step - clock.steps, counters.samples - clock.samples)
         self.done, self.began = clock.epochs, time.perf_counter() - clock.seconds
         self.told.resume(notes["told"], found.records, device)
-        self.asked = None if notes["asked"] is None else Clock(**notes["asked"])
+        asked = None if notes["asked"] is None else Clock(**notes["asked"])
+        self.agenda.asked, self.agenda.held = asked, notes["held"]
         self.hooks.passed(None if notes["hooks"] is None else Clock(**notes["hooks"]))
-        self.owed, self.held, self.unchecked = notes["owed"], notes["held"], clock.steps == 0
+        self.owed, self.unchecked = notes["owed"], notes["unchecked"]
         self.streams.take(notes["streams"])
         self.saved = counters.step
         if isinstance(self.step, CompiledStep):
@@ -435,8 +410,8 @@ class Session:
         tick = Tick(found.state, {}, counters.step, epoch, counters.samples, batch, end=end, tokens=clock.tokens)
         self.tick = tick
         if pending is None:
-            if self.asked is not None:
-                self.plan(self.asked)
+            if asked is not None:
+                self.agenda.close(asked)
             self.ended = found.ended
             return found.state, found.ended
         tick.metrics = unpack_metrics(pending["metrics"], device)

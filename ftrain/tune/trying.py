@@ -43,11 +43,12 @@ from ..data.window import ungrouped
 from ..errors import ArgumentError, CheckpointError, explain
 from ..loops import Evaluator, Hook, Result, fit
 from ..loops.arguments import check_arguments
+from ..loops.cadences import Cadence
 from ..loops.calling import Hooks
 from ..loops.events import Event, Many, On, When
 from ..loops.failing import annotate
 from ..loops.limits import Limits
-from ..loops.units import Cadence, every, until
+from ..loops.units import every, until
 from ..state import TrainState, check_state
 
 __all__ = ["DryRun", "dry_run"]

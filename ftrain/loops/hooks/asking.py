@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from ...errors import LimitError, explain
-from ..units import Cadence, every
+from ..cadences import Cadence
+from ..units import every
 
 __all__ = ["cadence", "positive"]
 

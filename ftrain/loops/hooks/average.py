@@ -10,8 +10,8 @@ from ...errors import ArgumentError, HookError, explain
 from ...state import TrainState
 from ...steps.average import Average, averaged
 from .. import events
+from ..cadences import Cadence
 from ..events import CHANGES, Event
-from ..units import Cadence
 
 __all__ = ["swap_average"]
 

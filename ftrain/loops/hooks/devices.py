@@ -13,8 +13,8 @@ import torch
 
 from ...errors import ArgumentError, DeviceError, HookError, explain
 from ...state import TrainState
+from ..cadences import Cadence
 from ..events import Event, Outcome, on
-from ..units import Cadence
 from .asking import cadence
 
 __all__ = ["device_stats"]

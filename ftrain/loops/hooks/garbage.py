@@ -12,8 +12,8 @@ from typing import Any
 
 from ...errors import LimitError, explain
 from ...state import TrainState
+from ..cadences import Cadence, Clock, Moment
 from ..events import Event, on
-from ..units import Cadence, Clock, Moment
 from .asking import cadence
 
 __all__ = ["garbage_collection"]

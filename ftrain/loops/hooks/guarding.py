@@ -22,8 +22,8 @@ from ... import tree
 from ...errors import LimitError, LossError, explain
 from ...state import TrainState
 from ...steps.spikes import Verdict, Watch, enter, first_watch, judge, make_rule
+from ..cadences import Cadence
 from ..events import Event, Hook, Outcome, compose, on
-from ..units import Cadence
 from ..units import every as _every
 from .monitors import check_choice, check_every, check_names, check_numbers, step_metric, value_of
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ...errors import ArgumentError, HookError, LimitError, explain
 from ...metrics import Metric
+from ..cadences import Cadence
 from ..events import Event
-from ..units import Cadence
 
 __all__ = [
     "check_choice",

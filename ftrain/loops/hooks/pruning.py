@@ -14,8 +14,8 @@ from ...optim.masks import Mask, resolve, some, take
 from ...optim.transform import value_at
 from ...state import TrainState
 from ...steps.mask import masked_params
+from ..cadences import Cadence
 from ..events import Event, Outcome, compose, on
-from ..units import Cadence
 from .asking import cadence
 
 __all__ = ["prune", "smallest"]

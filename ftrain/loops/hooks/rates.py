@@ -15,8 +15,8 @@ from torch import Tensor
 from ...errors import ArgumentError, HookError, explain
 from ...optim import metrics as reported
 from ...state import TrainState
+from ..cadences import Cadence
 from ..events import Event, Outcome, on
-from ..units import Cadence
 from .asking import cadence
 
 __all__ = ["learning_rate"]

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ...errors import HookError, LimitError, LossError, explain
 from ...state import TrainState
+from ..cadences import Cadence
 from ..events import Event, Hook, Outcome, on
-from ..units import Cadence, every
+from ..units import every
 
 __all__ = ["nonfinite"]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from ...errors import HookError, LimitError, explain
 from ...optim.masks import nearest
 from ...state import TrainState
+from ..cadences import Cadence
 from ..events import Event, Hook, Outcome, on
-from ..units import Cadence
 from .asking import cadence, positive
 
 __all__ = ["PEAKS", "throughput"]

@@ -15,8 +15,8 @@ from torch import Tensor
 from ...errors import LimitError, explain
 from ...metrics import Mean
 from ...state import TrainState
+from ..cadences import Cadence
 from ..events import Event, Hook, Outcome, compose, on
-from ..units import Cadence
 from .monitors import (
     check_choice,
     check_evaluator,

@@ -9,8 +9,9 @@ from typing import Any
 
 from ...errors import LimitError, explain
 from ...state import TrainState
+from ..cadences import Cadence
 from ..events import Event, Outcome, on
-from ..units import Cadence, until
+from ..units import until
 from .asking import cadence
 
 __all__ = ["timer"]

@@ -12,8 +12,8 @@ from ...errors import HookError, LimitError, explain
 from ...optim import FreezableState
 from ...optim.masks import matches, nearest
 from ...state import TrainState
+from ..cadences import Cadence
 from ..events import Event, compose, on
-from ..units import Cadence
 from .hyper import children, rebuilt
 
 __all__ = ["unfreeze"]
