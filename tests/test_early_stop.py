@@ -303,8 +303,8 @@ def test_a_name_that_the_step_does_not_give() -> None:
 def test_an_evaluator_that_never_ran(evaluate: bool) -> None:
     with pytest.raises(HookError) as caught:
         run([stop("test/loss")], FALLING, evaluate=evaluate)
-    assert "ft.hooks.early_stop('test/loss'): the metric never appeared, so the hook did nothing" in str(caught.value)
-    wanted = "ft.hooks.early_stop('val/loss')" if evaluate else 'hooks=[ft.hooks.early_stop("val/loss")])'
+    assert "ft.hooks.early_stop('test/loss'): the run has no evaluator 'test'." in str(caught.value)
+    wanted = "ft.hooks.early_stop('val/loss')" if evaluate else "hooks=[ft.hooks.early_stop('test/loss')])"
     assert wanted in str(caught.value)
 
 

@@ -619,6 +619,11 @@ BAD_HOOKS = [
     (ft.when(lambda e: torch.ones(()), lambda s, e: s), "the predicate of the hook '<lambda>' gave no bool", HookError),
     (lambda s, e: ft.Outcome(s, {"n": torch.ones(2)}), "returned a metric that is not a number", MetricError),
     (lambda s, e: ft.Outcome(s, {"n": ft.metrics.Collect((torch.ones(2),))}), "other than Collect", MetricError),
+    (lambda s, e: ft.Outcome(s, stop=True), "returned an outcome that makes no sense", HookError),
+    (lambda s, e: ft.Outcome(s, stop=""), "returned an outcome that makes no sense", HookError),
+    (lambda s, e: ft.Outcome(s, [1, 2]), "returned an outcome that makes no sense", HookError),
+    (ft.on("step", lambda s, e: s.replace(step=s.step + 10)), "of steps that were not made", HookError),
+    (ft.Hook("m", lambda s: {"n": 3}, lambda s, m, e: (s, m)), "holds something that is no tensor", HookError),
     (ft.once("step", ft.Hook("m", lambda s: {}, lambda s, m, e: s)), "did not return (state, memory)", HookError),
 ]  # fmt: skip
 
@@ -630,7 +635,33 @@ def test_bad_hooks(hook: Any, text: str, kind: Any) -> None:
         fit(state, step, case.batches(2), hooks=[hook], checkpoint=Memory(ft.every(steps=1)))
 
 
+def test_an_event_cannot_be_changed() -> None:
+    case, step, state = setup("mlp")
+    with pytest.raises(AttributeError):
+        fit(state, step, case.batches(2), hooks=[ft.on("step", lambda s, e: e.metrics.clear())])
+
+
+def test_a_step_that_trains_is_no_evaluation() -> None:
+    case, step, state = setup("mlp")
+    with pytest.raises(ft.errors.DataError, match="the evaluator 'val': its step is one that trains"):
+        fit(state, step, case.batches(2), evals={"val": ft.Evaluator(step, case.batches(1))})
+
+
+def test_an_average_that_is_not_there_is_missed_before_the_first_step() -> None:
+    case, step, state = setup("mlp")
+    calls: list[int] = []
+    hooks = [ft.hooks.swap_average("ema"), ft.on("step", lambda s, e: calls.append(1) or s)]
+    with pytest.raises(StateError, match="the state has no averaged parameters 'ema'"):
+        fit(state, step, case.batches(2), hooks=hooks)
+    assert not calls
+
+
 SENSELESS = [
+    (lambda: ft.on((), lambda s, e: s), "at none of these events is the hook ever called"),
+    (lambda: ft.on("step", ft.hooks.early_stop), "early_stop cannot be called with a state and an event"),
+    (lambda: ft.on("step", lambda state: state), "cannot be called with a state and an event"),
+    (lambda: ft.compose(ft.Hook("a/b", dict, dict)), "this is no hook with memory"),
+    (lambda: ft.compose(ft.Hook(3, dict, dict)), "this is no hook with memory"),
     (lambda: ft.on("never", lambda s, e: s), "there are no events of kind 'never'"),
     (lambda: ft.on(3, lambda s, e: s), "ft.on wants a kind of event or a cadence."),
     (lambda: ft.on("step", 3), "ft.on: this is no hook."),

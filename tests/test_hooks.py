@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,11 +32,16 @@ def subject(tx: Any = None) -> Any:
     return ft.init(nn.Linear(2, 1), tx or ft.optim.inject(ft.optim.sgd)(lr=0.1))
 
 
+def bare(hook: Any) -> ft.Hook:
+    """The hook inside of `on`."""
+    return getattr(hook, "hook", hook)
+
+
 def drive(hook: ft.Hook, state: Any, values: list[Any], name: str = "val/loss") -> tuple[Any, Any, list[float]]:
     """The hook at one evaluation after the other; gives the rate after each."""
-    memory, rates = hook.init(state), []
+    memory, rates = bare(hook).init(state), []
     for value in values:
-        state, memory = hook.update(state, memory, evaluated({name: value}))
+        state, memory = bare(hook).update(state, memory, evaluated({name: value}))
         rates.append(state.opt.hyper["lr"].item())
     return state, memory, rates
 
@@ -75,11 +81,11 @@ def test_the_rule_is_that_of_torch(options: dict[str, Any]) -> None:
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
         scheduler = ReduceLROnPlateau(optimizer, **{"patience": 10, "factor": 0.1, **options})
         state, hook = subject(), ft.hooks.plateau("val/loss", **options)
-        memory = hook.init(state)
+        memory = bare(hook).init(state)
         for value in noisy(seed):
             before = state.opt.hyper["lr"].item()
             scheduler.step(value)
-            state, memory = hook.update(state, memory, evaluated({"val/loss": value}))
+            state, memory = bare(hook).update(state, memory, evaluated({"val/loss": value}))
             assert state.opt.hyper["lr"].item() == optimizer.param_groups[0]["lr"]
             assert memory["best"].item() == scheduler.best
             assert memory["bad"].item() == scheduler.num_bad_epochs
@@ -96,7 +102,7 @@ def test_nan_is_not_better_and_does_not_become_the_best() -> None:
 
 
 def test_metrics_of_all_kinds_count() -> None:
-    hook = ft.hooks.plateau("loss", patience=0, factor=0.5)
+    hook = ft.hooks.plateau("val/loss", patience=0, factor=0.5)
     kinds = [
         1.0,
         1,
@@ -104,15 +110,34 @@ def test_metrics_of_all_kinds_count() -> None:
         ft.metrics.Mean(torch.tensor(4.0), torch.tensor(4.0)),
         ft.metrics.Mean(2.0, 2.0),
     ]
-    assert drive(hook, subject(), kinds, "loss")[2] == pytest.approx([0.1, 0.05, 0.025, 0.0125, 0.00625])
+    assert drive(hook, subject(), kinds)[2] == pytest.approx([0.1, 0.05, 0.025, 0.0125, 0.00625])
 
 
-def test_an_epoch_s_metrics_count_too() -> None:
-    hook, state = ft.hooks.plateau("loss", patience=0, factor=0.5), subject()
-    memory = hook.init(state)
-    for kind, rate in (("epoch", 0.1), ("step", 0.1), ("epoch", 0.05), ("step", 0.05), ("start", 0.05), ("end", 0.05)):
-        state, memory = hook.update(state, memory, evaluated({"loss": 1.0}, kind))
-        assert state.opt.hyper["lr"].item() == rate, kind
+def test_a_metric_of_training_is_watched_by_its_mean_over_the_epoch() -> None:
+    model, tx = nn.Linear(1, 1), ft.optim.inject(ft.optim.sgd)(lr=0.1)
+
+    def step(state: Any, batch: Any) -> Any:
+        losses = ft.metrics.Mean(batch.sum(), torch.tensor(float(len(batch))))
+        return state.advance(len(batch)), {"loss": losses, "lr": state.opt.hyper["lr"]}
+
+    # Means over the epochs: 2, 2 (worse by its last batch), 1.5, 1.5.
+    epochs = [([1.0, 1.0], [4.0]), ([1.0], [2.5, 2.5]), ([1.5], [1.5]), ([1.5], [1.5])]
+    data = [[torch.tensor(batch) for batch in batches] for batches in epochs]
+    hook = ft.hooks.plateau("loss", patience=0, factor=0.5, threshold=0.0)
+    seen: list[float] = []
+    look = ft.on("epoch", lambda state, event: seen.append(state.opt.hyper["lr"].item()) or state)
+    arguments: dict[str, Any] = {"epochs": 4, "hooks": [hook, look], "progress": False, "compile": False}
+    ft.fit(ft.init(model, tx), step, lambda epoch: data[epoch], **arguments)
+    assert seen == [0.1, 0.05, 0.05, 0.025]
+
+
+def test_an_evaluator_that_is_not_there_is_missed_before_the_first_step() -> None:
+    calls: list[int] = []
+    hooks = [ft.hooks.plateau("vall/loss"), ft.on("step", lambda s, e: calls.append(1) or s)]
+    with pytest.raises(errors.HookError, match=re.escape("the run has no evaluator 'vall'.")) as caught:
+        run(hooks)
+    assert "ft.hooks.plateau('val/loss')" in str(caught.value)
+    assert not calls
 
 
 # ------------------------------------------------------------------------------------------------- where the rate lies
@@ -136,8 +161,8 @@ def test_the_rate_is_found_wherever_it_lies(name: str) -> None:
     state = subject(NESTED[name]())
     before = [one.hyper for one in injected(state.opt)]
     hook = ft.hooks.plateau("val/loss", patience=0, factor=0.5)
-    new, _ = hook.update(
-        *hook.update(state, hook.init(state), evaluated({"val/loss": 1.0})), evaluated({"val/loss": 1.0})
+    new, _ = bare(hook).update(
+        *bare(hook).update(state, bare(hook).init(state), evaluated({"val/loss": 1.0})), evaluated({"val/loss": 1.0})
     )
     after = [one.hyper for one in injected(new.opt)]
     assert [one["lr"].item() for one in after] == [one["lr"].item() / 2 for one in before]
@@ -175,10 +200,10 @@ class Reads(TorchDispatchMode):
 
 def test_nothing_is_read_from_the_device() -> None:
     hook, state = ft.hooks.plateau("val/loss", patience=0), subject()
-    memory = hook.init(state)
+    memory = bare(hook).init(state)
     with Reads() as reads:
         for value in (1.0, torch.tensor(1.0), math.nan):
-            state, memory = hook.update(state, memory, evaluated({"val/loss": value}))
+            state, memory = bare(hook).update(state, memory, evaluated({"val/loss": value}))
     assert reads.count == 0
     assert state.opt.hyper["lr"].item() == pytest.approx(0.001)
     with Reads() as reads:
@@ -317,7 +342,7 @@ def test_no_rate_that_it_could_change(name: str, when: str) -> None:
     state = ft.init(model, tx)
     if when == "resumed":  # with the memory of a run whose optimizer was another
         state = state.replace(
-            extra={"plateau": hook.init(subject(ft.optim.inject(ft.optim.adamw)(lr=1, weight_decay=1)))}
+            extra={"plateau": bare(hook).init(subject(ft.optim.inject(ft.optim.adamw)(lr=1, weight_decay=1)))}
         )
     steps: list[Any] = []
     step = ft.train_step(model, case.loss_fn, tx)
@@ -354,19 +379,28 @@ def test_a_name_that_the_evaluator_does_not_give_is_said_at_its_first_evaluation
     assert "after step 3" in caught.value.__notes__[0]
 
 
-AT_THE_END: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
-    "another evaluator": ("test/loss", {}, ("'val/loss' or 'val/acc'", "got:      'test/loss'", "plateau('val/loss')")),
-    "a metric of training": ("loss", {}, ("got:      'loss'", "it is a metric of training", "plateau('val/loss')")),
+AT_THE_START: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "another evaluator": ("test/loss", {}, ("expected: 'val/...'", "got:      'test/loss'", "plateau('val/loss')")),
     "no evaluator": ("val/loss", {"evals": None}, ("expected: an evaluator", "evals={", "hooks=[ft.hooks.plateau")),
 }
 
 
-@pytest.mark.parametrize("name", AT_THE_END)
-def test_a_metric_that_never_appeared_is_said_at_the_end(name: str) -> None:
-    monitor, options, parts = AT_THE_END[name]
+@pytest.mark.parametrize("name", AT_THE_START)
+def test_an_evaluator_that_the_run_does_not_have_is_said_at_the_start(name: str) -> None:
+    monitor, options, parts = AT_THE_START[name]
     with pytest.raises(errors.HookError) as caught:
         run([ft.hooks.plateau(monitor)], epochs=2, **options)
-    for part in (f"ft.hooks.plateau('{monitor}'): the metric never appeared, so the hook did nothing", *parts):
+    for part in (f"ft.hooks.plateau('{monitor}'): the run has no evaluator", *parts, "before the first step"):
+        assert part in str(caught.value) + str(caught.value.__notes__)
+
+
+def test_a_metric_that_never_appeared_is_said_at_the_end() -> None:
+    case = MODELS["mlp"]
+    step = ft.eval_step(case.model(), lambda model, batch: {"loss": model(batch["x"]).mean()})
+    evals = {"val": ft.Evaluator(step, case.batches(1), every=ft.every(epochs=5))}
+    with pytest.raises(errors.HookError) as caught:
+        run([ft.hooks.plateau("val/loss")], epochs=2, evals=evals)
+    for part in ("the metric never appeared, so the hook did nothing", "its cadence did not fire", "every=ft.every("):
         assert part in str(caught.value)
 
 
@@ -378,13 +412,16 @@ def test_a_run_that_ends_before_the_first_evaluation_is_no_mistake() -> None:
 
 def test_a_run_that_goes_on_after_the_metric_was_seen_is_no_mistake() -> None:
     first = run([ft.hooks.plateau("val/loss")], epochs=1)
-    assert run([ft.hooks.plateau("val/loss")], epochs=1, state=first.state, evals=None).reason == "epochs"
+    case = MODELS["mlp"]
+    step = ft.eval_step(case.model(), lambda model, batch: {"loss": model(batch["x"]).mean()})
+    evals = {"val": ft.Evaluator(step, case.batches(1), every=ft.every(epochs=5))}
+    assert run([ft.hooks.plateau("val/loss")], epochs=1, state=first.state, evals=evals).reason == "epochs"
 
 
 def test_a_metric_that_is_no_number() -> None:
     hook, state = ft.hooks.plateau("val/all"), subject()
     with pytest.raises(errors.HookError, match=r"the metric is not a number(?s:.*)got: +ndarray(?s:.*)Collect"):
-        hook.update(state, hook.init(state), evaluated({"val/all": torch.ones(3).numpy()}))
+        bare(hook).update(state, bare(hook).init(state), evaluated({"val/all": torch.ones(3).numpy()}))
 
 
 ARGUMENTS: dict[str, tuple[dict[str, Any], type, tuple[str, ...]]] = {

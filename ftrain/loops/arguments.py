@@ -9,6 +9,7 @@ from .. import tree
 from ..data.window import ungrouped
 from ..errors import DataError, LimitError, explain
 from ..state import TrainState
+from ..steps.train import Stepped
 from .cadences import Cadence
 from .evaluate import Compile, Evaluator, Prepared, check_count, prepare, with_params
 from .events import Hook
@@ -101,6 +102,15 @@ def check_evaluators(
                 )
             )
         step = prepare(one.step, compile, donate=False, backend=backend, what=what)
+        if isinstance(step.step, Stepped):
+            raise DataError(
+                explain(
+                    f"{what}: its step is one that trains.",
+                    expected="(state, batch) -> metrics",
+                    got=repr(step.step),
+                    fix=f"evals={{{name!r}: ft.Evaluator(ft.eval_step(model, metric_fn), data)}}",
+                )
+            )
         cadence = one.every.bound(length, tokens, what)
         found[name] = Prepared(step, source, cadence, one.params, one.limit, one.sanity)
     return found

@@ -176,7 +176,7 @@ class _Timed(Cadence):
                 explain(
                     f"{what}: {self!r}, but nobody counts tokens.",
                     expected="a function that tells how many tokens a batch has",
-                    fix=f'{what}(..., tokens=lambda batch: batch["tokens"].numel())',
+                    fix=f'{"ft.loop" if what == "ft.loop" else "ft.fit"}(..., tokens=lambda batch: batch["tokens"].numel())',
                 )
             )
         if self.unit != "fraction":

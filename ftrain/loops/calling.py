@@ -9,7 +9,7 @@ Laws
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,7 +96,7 @@ class Hooks:
         extra = dict(state.extra)
         for one in self._entries:
             if isinstance(one.hook, Hook) and one.name not in extra:
-                extra[one.name] = one.hook.init(state.replace(extra=dict(extra)))
+                extra[one.name] = _memory(one.name, one.hook.init(state.replace(extra=dict(extra))))
         return state if extra.keys() == state.extra.keys() else state.replace(extra=extra)
 
     def __call__(self, state: TrainState, event: Event, *, due: bool = True) -> Outcome:
@@ -128,7 +128,7 @@ class Hooks:
                 _add(metrics, key, _metric(one.name, key, value), one.name)
             stop = stop or why
             before, state = state, new
-            if went_back(before, state, one.name):
+            if went_back(before, state, one.name, event.kind):
                 break
         return Outcome(state, metrics, stop)
 
@@ -225,7 +225,7 @@ def _check_look(name: str, event: Event, state: TrainState | None, out: Outcome)
         )
 
 
-def went_back(before: TrainState, after: TrainState, name: str) -> bool:
+def went_back(before: TrainState, after: TrainState, name: str, kind: str = "step") -> bool:
     """Whether a hook gave an earlier state; raises where it changed what only the loop and `ft.init` may."""
     if after.step is before.step and after.epoch is before.epoch and after.seed is before.seed:
         return False  # the very same tensors, as mostly: nothing has to be read
@@ -249,6 +249,17 @@ def went_back(before: TrainState, after: TrainState, name: str) -> bool:
                     fix=f"return {fix}",
                 )
             )
+    if new.step > old.step and kind != "start":
+        raise HookError(
+            explain(
+                f"the hook {name!r} returned a state of steps that were not made.",
+                where="state.step",
+                expected=f"at most {old.step}",
+                got=str(new.step),
+                cause="only the loop counts on; a hook may begin anew at the start, or go back to an earlier state",
+                fix="return state.replace(params=...)",
+            )
+        )
     return new.step < old.step
 
 
@@ -285,6 +296,22 @@ def _metric(hook: str, key: str, value: Any) -> Any:
             got=tree.describe(value),
         )
     )
+
+
+def _memory(name: str, memory: Any) -> Any:
+    """Raise unless a hook's first memory is a tree of tensors."""
+    for path, leaf in tree.items(memory, "memory"):
+        if not isinstance(leaf, Tensor):
+            raise HookError(
+                explain(
+                    f"the memory of the hook {name!r} holds something that is no tensor.",
+                    where=path,
+                    expected="a tree of tensors: it lives in the state",
+                    got=tree.describe(leaf),
+                    fix="torch.tensor(0.0)",
+                )
+            )
+    return memory
 
 
 def _with_memory(name: str, hook: Hook, state: TrainState, event: Event) -> Outcome:
@@ -327,5 +354,16 @@ def _read(name: str, out: Any, state: TrainState, event: Event) -> Outcome:
             root="state",
             what=f"the hook {name!r} returned a state that is not like the one it was given, at a {event.kind!r} event.",
             fix="return state.replace(params=...)",
+        )
+    if (outcome.stop is not None and (not isinstance(outcome.stop, str) or not outcome.stop)) or not isinstance(
+        outcome.metrics, (Mapping, type(None))
+    ):
+        raise HookError(
+            explain(
+                f"the hook {name!r} returned an outcome that makes no sense, at a {event.kind!r} event.",
+                expected="ft.Outcome(state, metrics, stop): a dict of metrics, and a reason in words, or None for each",
+                got=f"metrics={outcome.metrics!r}, stop={outcome.stop!r}",
+                fix='return ft.Outcome(state, {"name": value}, stop="it is good enough")',
+            )
         )
     return outcome

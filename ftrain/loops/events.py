@@ -16,6 +16,7 @@ Laws
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -63,6 +64,7 @@ class Event:
         reason: why the run ends (`"end"`).
         path: the folder of checkpoints (`"saved"`); it may still be written to.
         error: what was raised (`"exception"`).
+        evaluators: the names of the run's evaluators.
 
     >>> import ftrain as ft
     >>> ft.Event("step", 3, 0, 48).kind
@@ -79,6 +81,7 @@ class Event:
     tokens: int = 0
     path: str | None = None
     error: BaseException | None = None
+    evaluators: tuple[str, ...] = ()
 
 
 class Outcome(NamedTuple):
@@ -150,6 +153,10 @@ def on(when: str | Cadence | tuple[str | Cadence, ...], hook: Any) -> Any:
     >>> hook = ft.on("epoch", lambda state, event: state)
     """
     several = when if isinstance(when, tuple) else (when,)
+    if not several:
+        raise HookError(
+            explain("ft.on: at none of these events is the hook ever called.", expected=", ".join(KINDS), got="()")
+        )
     for one in several:
         if isinstance(one, str) and one not in KINDS:
             raise HookError(explain(f"ft.on: there are no events of kind {one!r}.", expected=", ".join(KINDS)))
@@ -246,8 +253,12 @@ def compose(*hooks: Any) -> Any:
 
 def check_hook(hook: Any, what: str, where: str | None = None) -> Any:
     """Raise unless this is a hook."""
-    if isinstance(hook, (Hook, On, When, Many)) or (callable(hook) and not isinstance(hook, type)):
+    if isinstance(hook, Hook):
+        return _check_named(hook, what, where)
+    if isinstance(hook, (On, When, Many)):
         return hook
+    if callable(hook) and not isinstance(hook, type):
+        return _check_call(hook, what, where)
     raise HookError(
         explain(
             f"{what} holds something that is no hook." if where else f"{what}: this is no hook.",
@@ -256,6 +267,48 @@ def check_hook(hook: Any, what: str, where: str | None = None) -> Any:
             got=f"the class {hook.__name__}" if isinstance(hook, type) else type(hook).__name__,
         )
     )
+
+
+def _check_named(hook: Hook, what: str, where: str | None) -> Hook:
+    if (
+        not isinstance(hook.name, str)
+        or not hook.name
+        or "/" in hook.name
+        or not callable(hook.init)
+        or not callable(hook.update)
+    ):
+        raise HookError(
+            explain(
+                f"{what}: this is no hook with memory.",
+                where=where,
+                expected='ft.Hook(name, init, update): a name without "/", and two functions',
+                got=f"ft.Hook({hook.name!r}, {hook.init!r}, {hook.update!r})",
+                fix='ft.Hook("counter", lambda state: {"n": torch.zeros(())}, update)',
+            )
+        )
+    return hook
+
+
+def _check_call(hook: Any, what: str, where: str | None) -> Any:
+    try:
+        signature = inspect.signature(hook)
+    except (TypeError, ValueError):  # a function of C, say
+        return hook
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        name = getattr(hook, "__qualname__", type(hook).__name__)
+        raise HookError(
+            explain(
+                f"{what}: {name} cannot be called with a state and an event: {error}.",
+                where=where,
+                expected="a function (state, event) -> state",
+                got=f"{name}{signature}",
+                cause="what makes a hook was passed, not the hook",
+                fix=f"{getattr(hook, '__name__', 'make')}(...)   # called",
+            )
+        ) from None
+    return hook
 
 
 def name_of(hook: Any) -> str:

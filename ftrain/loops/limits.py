@@ -111,7 +111,9 @@ def _check_order(at_least: Cadence, limits: Limits, length: int | None, what: st
                     expected="at_least= below what ends the run",
                     got=f"at_least={at_least!r}, and {most[unit][1]}"
                     + (f" with {length} steps an epoch" if unit not in most[unit][1] else ""),
-                    fix=f"{what}(state, step, data, at_least=ft.until({unit}={most[unit][0]:g}))",
+                    fix=f"{what}(state, step, data, at_least=ft.until({unit}={int(most[unit][0])}))"
+                    if most[unit][0] >= 1
+                    else f"{what}(state, step, data)   # without at_least=",
                 )
             )
 

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -334,7 +335,9 @@ class Session:
         self, kind: str, tick: Tick, now: Clock | None = None, *, metrics: Mapping[str, Any] | None = None, **about: Any
     ) -> Event:
         epochs, now = self.epochs(tick), self.clock(tick) if now is None else now
-        return Event(kind, tick.step, epochs, tick.samples, now, metrics or {}, tokens=tick.tokens, **about)
+        frozen = types.MappingProxyType(metrics or {})
+        about["evaluators"] = tuple(self.evaluators)
+        return Event(kind, tick.step, epochs, tick.samples, now, frozen, tokens=tick.tokens, **about)
 
     def clock(self, tick: Tick) -> Clock:
         steps, samples = tick.step - self.begin[0], tick.samples - self.begin[1]

@@ -33,7 +33,7 @@ def swap_average(average: str = "ema", *, on: str | Cadence = "end") -> Any:
 
     Raises:
         ArgumentError, HookError: now, if an argument makes no sense.
-        StateError: in the run, if the state has no such average.
+        StateError: before the first step, if the state has no such average.
 
     >>> import torch, ftrain as ft
     >>> model, tx = torch.nn.Linear(1, 1), ft.optim.sgd(0.1)
@@ -74,4 +74,8 @@ def swap_average(average: str = "ema", *, on: str | Cadence = "end") -> Any:
             buffers={name: torch.where(some, buffers[name], leaf) for name, leaf in state.buffers.items()},
         )
 
-    return events.on(on, swap)
+    def check(state: TrainState, event: Event) -> TrainState:
+        averaged(state, average, who)
+        return state
+
+    return events.compose(events.on("start", check), events.on(on, swap))

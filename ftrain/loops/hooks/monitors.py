@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentError, HookError, LimitError, explain
-from ...metrics import Metric
+from ...metrics import Mean, Metric
 from ..cadences import Cadence
 from ..events import Event
 
@@ -25,9 +25,11 @@ __all__ = [
     "check_names",
     "check_numbers",
     "check_seen",
+    "check_start",
     "named",
     "step_metric",
     "value_of",
+    "weighed",
 ]
 
 
@@ -92,6 +94,41 @@ def step_metric(hook: str, monitor: str, event: Event, who: str) -> Any:
     return found
 
 
+def weighed(found: Any, device: torch.device, who: str) -> tuple[Tensor, Tensor]:
+    """The metric of a step as a total and a weight, float64 (): those of a mean; any other counts once.
+
+    >>> import torch
+    >>> from ftrain.loops.hooks.monitors import weighed
+    >>> weighed(0.5, torch.device("cpu"), "ft.hooks.plateau('loss')")
+    (tensor(0.5000, dtype=torch.float64), tensor(1., dtype=torch.float64))
+    """
+    value = value_of(found, device, who)
+    if not isinstance(found, Mean):
+        return value, torch.ones_like(value)
+    weight = value_of(found.weight, device, who)
+    total = value_of(found.total, device, who) if type(found) is Mean else value * weight
+    return torch.where(weight > 0, total, 0.0), weight
+
+
+def check_start(hook: str, monitor: str, event: Event, who: str) -> None:
+    """Raise before the first step where the run has no evaluator of this name."""
+    evaluator = monitor.partition("/")[0]
+    if event.kind == "start" and evaluator not in event.evaluators:
+        known = list(event.evaluators)
+        raise HookError(
+            explain(
+                f"{who}: the run has no evaluator {evaluator!r}.",
+                expected=" or ".join(f"{one + '/...'!r}" for one in known)
+                if known
+                else "an evaluator, whose metrics it can watch",
+                got=repr(monitor),
+                fix=named(hook, f"{_close(evaluator, known)}/{monitor.partition('/')[2]}")
+                if known
+                else f"ft.fit(..., evals={{{evaluator!r}: ft.Evaluator(ft.eval_step(model, metric_fn), data)}}, hooks=[{who}])",
+            )
+        )
+
+
 def check_evaluator(hook: str, monitor: str, event: Event, who: str) -> None:
     """Raise at an evaluation by the evaluator that lacks the metric: what it does not give at first it never will."""
     evaluator = monitor.partition("/")[0] + "/"
@@ -114,19 +151,15 @@ def check_seen(hook: str, monitor: str, seen: Callable[[], bool], event: Event, 
     evaluated = [name for name in event.metrics if "/" in name]
     if not (evaluated or event.clock.epochs) or seen():
         return
-    trained = [name for name in event.metrics if "/" not in name]
     raise HookError(
         explain(
             f"{who}: the metric never appeared, so the hook did nothing.",
-            expected=" or ".join(map(repr, evaluated)) if evaluated else "an evaluator, whose metrics it can watch",
+            expected=" or ".join(map(repr, evaluated)) if evaluated else "an evaluation in the course of the run",
             got=repr(monitor),
-            cause="it is a metric of training, of which no event tells the mean over an epoch"
-            if monitor in trained
-            else None,
-            fix=named(hook, _close(monitor, evaluated))
+            cause=None
             if evaluated
-            else 'ft.fit(..., evals={"val": ft.Evaluator(ft.eval_step(model, metric_fn), data)}, '
-            f'hooks=[ft.hooks.{hook}("val/loss")])',
+            else f"the evaluator {monitor.partition('/')[0]!r} never ran: its cadence did not fire",
+            fix=named(hook, _close(monitor, evaluated)) if evaluated else "ft.Evaluator(..., every=ft.every(epochs=1))",
         )
     )
 

@@ -7,15 +7,27 @@ checkpoint like everything else, and nothing is read from the device: whether to
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import LimitError, explain
 from ...state import TrainState
-from ..events import Event, Hook
+from ..events import Event, Hook, compose, on
 from .hyper import check_injected, replace_hyper
-from .monitors import check_choice, check_evaluator, check_names, check_numbers, check_seen, named, value_of
+from .monitors import (
+    check_choice,
+    check_evaluator,
+    check_names,
+    check_numbers,
+    check_seen,
+    check_start,
+    named,
+    step_metric,
+    value_of,
+    weighed,
+)
 
 __all__ = ["plateau"]
 
@@ -35,7 +47,7 @@ def plateau(
     mode: str = "min",
     name: str = "plateau",
     hyper: str = "lr",
-) -> Hook:
+) -> Any:
     """A hook that multiplies the injected learning rate by `factor` when a metric has stopped getting better.
 
     At each evaluation that gives the metric m, with b the best so far (for `mode="min"`): m is better if
@@ -44,7 +56,8 @@ def plateau(
     less than `eps`. NaN is not better.
 
     Args:
-        monitor: full name of the metric, e.g. `"val/loss"`. Metrics of `"epoch"` events count too, if there are any.
+        monitor: `"val/loss"`, an evaluator's metric, at each of its evaluations; or `"loss"`, a metric of the step: its mean over the
+            epoch, at the end of each.
         factor: by which it is multiplied, in (0, 1).
         patience: how many evaluations without a better value are borne.
         threshold: how much better is better.
@@ -61,8 +74,9 @@ def plateau(
 
     Raises:
         LimitError: now, if an argument makes no sense.
-        HookError: when the run starts, if the state has no such injected hyper-parameter or a schedule sets it; at the first
-            evaluation by the evaluator that lacks the metric; at the end, if the metric never appeared.
+        HookError: when the run starts, if the state has no such injected hyper-parameter or a schedule sets it, or the run no such
+            evaluator; at the first evaluation by the evaluator, or the first step, that lacks the metric; at the end, if the metric
+            never appeared.
 
     >>> import torch, ftrain as ft
     >>> model, tx = torch.nn.Linear(1, 1), ft.optim.inject(ft.optim.sgd)(lr=0.1)
@@ -90,7 +104,9 @@ def plateau(
         check_injected(state.opt, hyper, who)
         zero = torch.zeros((), dtype=torch.int64, device=state.device)
         best = torch.full((), sign * math.inf, dtype=torch.float64, device=state.device)
-        return {"best": best, "bad": zero, "cooldown": zero.clone(), "seen": zero.clone()}
+        memory = {"best": best, "bad": zero, "cooldown": zero.clone(), "seen": zero.clone()}
+        sums = {name: torch.zeros_like(best) for name in ("total", "weight")}
+        return memory if "/" in monitor else {**memory, **sums}
 
     def better(value: Tensor, best: Tensor) -> Tensor:
         margin = best * (1.0 - sign * threshold) if threshold_mode == "rel" else best - sign * threshold
@@ -108,6 +124,7 @@ def plateau(
             return torch.where(fires & (old - new > eps), new, old)
 
         new = {
+            **memory,
             "best": torch.where(improved, value, memory["best"]),
             "bad": torch.where(fires, 0, bad),
             "cooldown": torch.where(fires, cooldown, left),
@@ -118,7 +135,8 @@ def plateau(
     def update(state: TrainState, memory: Memory, event: Event) -> tuple[TrainState, Memory]:
         if event.kind == "start":
             check_injected(state.opt, hyper, who)  # again: a state that goes on has its memory already
-        elif event.kind in ("evaluation", "epoch"):
+            check_start("plateau", monitor, event, who)
+        elif event.kind == "evaluation":
             if monitor in event.metrics:
                 return observe(state, memory, value_of(event.metrics[monitor], state.device, who))
             check_evaluator("plateau", monitor, event, who)
@@ -126,7 +144,25 @@ def plateau(
             check_seen("plateau", monitor, lambda: bool(memory["seen"] > 0), event, who)  # sync: one read, at the end
         return state, memory
 
-    return Hook(name, init, update)
+    if "/" in monitor:
+        return on(("start", "evaluation", "end"), Hook(name, init, update))
+
+    def add(state: TrainState, memory: Memory, event: Event) -> tuple[TrainState, Memory]:
+        if event.kind == "start":
+            check_injected(state.opt, hyper, who)
+            return state, memory
+        total, weight = weighed(step_metric("plateau", monitor, event, who), state.device, who)
+        return state, {**memory, "total": memory["total"] + total, "weight": memory["weight"] + weight}
+
+    def look(state: TrainState, event: Event) -> TrainState:
+        memory = state.extra[name]
+        # An epoch in which no step counted has no mean: NaN, which is not better.
+        new, after = observe(state, memory, memory["total"] / memory["weight"])
+        fresh = {**after, "total": torch.zeros_like(after["total"]), "weight": torch.zeros_like(after["weight"])}
+        return new.replace(extra={**new.extra, name: fresh})
+
+    look.__name__ = name
+    return compose(on(("start", "step"), Hook(name, init, add)), on("epoch", look))
 
 
 def _check_factor(factor: object) -> None:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ...errors import LimitError, explain
-from ...metrics import Mean
 from ...state import TrainState
 from ..cadences import Cadence
 from ..events import Event, Hook, Outcome, compose, on
@@ -24,9 +23,11 @@ from .monitors import (
     check_names,
     check_numbers,
     check_seen,
+    check_start,
     named,
     step_metric,
     value_of,
+    weighed,
 )
 
 __all__ = ["early_stop"]
@@ -71,7 +72,8 @@ def early_stop(
 
     Raises:
         LimitError: now, if an argument makes no sense.
-        HookError: at the first evaluation by the evaluator, or the first step, that lacks the metric; at the end, if it never appeared.
+        HookError: when the run starts, if it has no such evaluator; at the first evaluation by the evaluator, or the first step,
+            that lacks the metric; at the end, if it never appeared.
 
     >>> import torch, ftrain as ft
     >>> model, tx = torch.nn.Linear(1, 1), ft.optim.sgd(0.1)
@@ -136,7 +138,9 @@ def early_stop(
     if evaluated:
 
         def update(state: TrainState, memory: Memory, event: Event) -> tuple[Any, Memory]:
-            if event.kind == "end":
+            if event.kind == "start":
+                check_start(_HOOK, monitor, event, who)
+            elif event.kind == "end":
                 check_seen(_HOOK, monitor, lambda: bool(memory["seen"] > 0), event, who)  # sync: one read, at the end
             elif monitor in event.metrics:
                 return observe(state, memory, value_of(event.metrics[monitor], state.device, who))
@@ -144,10 +148,10 @@ def early_stop(
                 check_evaluator(_HOOK, monitor, event, who)
             return state, memory
 
-        return on(("evaluation", "end"), Hook(name, init, update))
+        return on(("start", "evaluation", "end"), Hook(name, init, update))
 
     def add(state: TrainState, memory: Memory, event: Event) -> tuple[TrainState, Memory]:
-        total, weight = _weighed(step_metric(_HOOK, monitor, event, who), state.device, who)
+        total, weight = weighed(step_metric(_HOOK, monitor, event, who), state.device, who)
         return state, {**memory, "total": memory["total"] + total, "weight": memory["weight"] + weight}
 
     def look(state: TrainState, event: Event) -> Any:
@@ -161,16 +165,6 @@ def early_stop(
 
     look.__name__ = name
     return compose(on("step", Hook(name, init, add)), on("epoch" if every is None else every, look))
-
-
-def _weighed(found: Any, device: torch.device, who: str) -> tuple[Tensor, Tensor]:
-    """The metric of a step as a total and a weight, float64 (): those of a mean; any other counts once."""
-    value = value_of(found, device, who)
-    if not isinstance(found, Mean):
-        return value, torch.ones_like(value)
-    weight = value_of(found.weight, device, who)
-    total = value_of(found.total, device, who) if type(found) is Mean else value * weight
-    return torch.where(weight > 0, total, 0.0), weight
 
 
 def _check_thresholds(sign: float, stop_at: Any, diverged_at: Any) -> None:
