@@ -140,6 +140,10 @@ class ProfileWarning(UserWarning):
     """What was to be profiled did not happen, or only in part."""
 
 
+class HookWarning(UserWarning):
+    """A hook had nothing to do in the whole run, though it was to watch something."""
+
+
 class MemoryWarning(UserWarning):
     """Memory ran out, and a step runs in smaller pieces."""
 

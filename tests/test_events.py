@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -694,3 +696,63 @@ def test_hooks_that_do_not_fire_are_not_asked() -> None:
 
     fit(state, step, case.batches(9), hooks=[ft.on(Counted(), lambda s, e: s), ft.on("evaluation", lambda s, e: s)])
     assert set(asked) == {0, 4, 8, 9}  # at the start, at its moments, at the end of the epoch
+
+
+def test_a_checkpoint_whose_metrics_came_later_can_be_gone_on_from(tmp_path: Path) -> None:
+    case, step, state = setup("mlp")
+
+    def run(fails: bool, **more: Any) -> ft.Result:
+        calls: list[int] = []
+
+        def metrics(state: Any, batch: Any) -> dict[str, float]:
+            calls.append(1)
+            if fails and len(calls) == 2:
+                raise OSError("no more paper")
+            return {"loss": 1.0}
+
+        val = ft.Evaluator(metrics, [torch.ones(2, 1)], every=ft.every(steps=2))
+        saver = ft.Checkpoints(tmp_path / "run", every=ft.every(steps=50))
+        return fit(state, step, case.batches(6), evals={"val": val}, checkpoint=saver, resume="auto", **more)
+
+    with pytest.raises(OSError, match="no more paper"):
+        run(True)
+    run(False, steps=4)
+    assert equal(run(False).state, fit(state, step, case.batches(6)).state)
+
+
+def test_a_hook_goes_back_in_an_event_that_was_pending() -> None:
+    case, step, state = setup("mlp")
+
+    def run(saver: Memory, fails: bool, **more: Any) -> ft.Result:
+        def metrics(state: Any, batch: Any) -> dict[str, float]:
+            if fails and state.counters().step == 4:
+                raise OSError("no more paper")
+            return {"loss": 1.0}
+
+        val = ft.Evaluator(metrics, [torch.ones(2, 1)], every=ft.every(steps=2))
+        hooks = [ft.on("evaluation", undo(4, 2).hook)]
+        return fit(state, step, case.batches(8), evals={"val": val}, hooks=hooks, checkpoint=saver, **more)
+
+    whole = run(Memory(ft.every(steps=100)), False)
+    assert whole.state.counters().step == 6
+    saver = Memory(ft.every(steps=100))
+    with pytest.raises(OSError, match="no more paper"):
+        run(saver, True)
+    again = run(Memory(saver.every, saver.shots[-1]), False, resume="auto")
+    assert equal(again.state, whole.state)
+
+
+def test_predictions_draw_from_streams_of_their_own() -> None:
+    case, _, state = setup("mlp")
+
+    def noisy(state: Any, batch: Any) -> torch.Tensor:
+        return torch.tensor([np.random.rand(), random.random()])
+
+    found = []
+    for seed in (1, 2):
+        np.random.seed(seed)
+        random.seed(seed)
+        before = np.random.get_state(legacy=False)["state"]["pos"], random.getstate()
+        found.append(torch.stack(list(ft.predict(state, noisy, case.batches(3), compile=False))))
+        assert (np.random.get_state(legacy=False)["state"]["pos"], random.getstate()) == before
+    assert torch.equal(*found)

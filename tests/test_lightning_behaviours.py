@@ -429,9 +429,6 @@ def hanging(after: int) -> Any:
 ENDLESS = ft.data.source(torch.ones(6, 1), batch_size=2).repeat()
 
 
-@pytest.mark.xfail(
-    raises=Hangs, strict=True, reason="epochs= of a source that is known to be endless never come to an end"
-)
 def test_epochs_of_data_that_is_known_to_be_endless() -> None:
     def step(state: Any, batch: Any) -> Any:
         return (STEP(state, batch), read(state, batch))[0]
@@ -441,9 +438,6 @@ def test_epochs_of_data_that_is_known_to_be_endless() -> None:
         fit(step=step, data=ENDLESS, epochs=2)
 
 
-@pytest.mark.xfail(
-    raises=Hangs, strict=True, reason="an evaluation without limit= of an endless source never comes to an end"
-)
 @pytest.mark.parametrize("how", ["evaluate", "fit"])
 def test_an_evaluation_on_data_that_is_known_to_be_endless(how: str) -> None:
     ways = {
@@ -948,7 +942,6 @@ def test_results_are_pickled_and_copied() -> None:
         assert equal(fit(again.state).state, fit(done.state).state)
 
 
-@pytest.mark.xfail(raises=AttributeError, strict=True, reason="how an error's state is found is a closure")
 @pytest.mark.parametrize("origin", ["step", "checkpoint"])
 def test_errors_are_pickled_with_the_state_that_they_carry(origin: str) -> None:
     """As a pool of processes does with an error of a worker."""

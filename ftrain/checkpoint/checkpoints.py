@@ -29,7 +29,7 @@ from .keeping import Keep, keep
 from .resuming import damaged, read_run
 
 if TYPE_CHECKING:
-    from .store import Store
+    from .store import RESERVED, Store
 
 __all__ = ["Checkpoints"]
 
@@ -243,7 +243,7 @@ class RunCheckpoints:
         step = snapshot.state.counters().step
         if step in self.store.foreign:
             return
-        document = {name: part for name, part in self.store.document(step).items() if name in ("run", "data", "config")}
+        document = {name: part for name, part in self.store.document(step).items() if name not in RESERVED}
         document["run"] = {**document["run"], "metrics": _numbers(snapshot)}
         self.store.amend(step, document)
         self.entries = [_entry(step, document) if entry.step == step else entry for entry in self.entries]

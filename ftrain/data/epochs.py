@@ -43,6 +43,7 @@ class Epochs:
             a checkpoint keeps it, and resuming compares it.
         finish: `(batch, epoch, position) -> batch`, applied to each batch once its tensors lie on the state's device; or None.
         between: gives what the place of the next epoch's start holds beside `"batch": 0`, once an epoch is over; or None.
+        endless: whether it is known that an epoch has no end.
         closing: ends what outlives an epoch (persistent workers), once the run is over; or None.
     """
 
@@ -57,10 +58,12 @@ class Epochs:
         finish: Callable[[Any, int, int], Any] | None = None,
         between: Callable[[], Mapping[str, Any]] | None = None,
         closing: Callable[[], None] | None = None,
+        endless: bool = False,
     ) -> None:
         self._make = make
         self.length = length
         self.once = once
+        self.endless = endless
         self.sizes = sizes
         self.facts = dict(facts or {})
         self.finish = finish

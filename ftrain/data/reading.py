@@ -148,6 +148,7 @@ class Readable:
             facts=found._facts(at.seed, length),
             finish=found._finish(at.seed),
             closing=None if pool is None else pool.close,
+            endless=node.endless,
         )
 
     def batch(self, n: int) -> Self:

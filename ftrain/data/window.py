@@ -85,6 +85,7 @@ class Windows:
             finish=None if source.finish is None else _each(source.finish, self.size),
             between=lambda: {"inner": source.start(), "over": _places(grouped.over)},
             closing=source.close,
+            endless=source.endless,
         )
 
     def __repr__(self) -> str:

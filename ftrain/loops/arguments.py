@@ -11,7 +11,7 @@ from ..errors import DataError, LimitError, explain
 from ..state import TrainState
 from ..steps.train import Stepped
 from .cadences import Cadence
-from .evaluate import Compile, Evaluator, Prepared, check_count, prepare, with_params
+from .evaluate import Compile, Evaluator, Prepared, check_count, check_end, prepare, with_params
 from .events import Hook
 
 __all__ = ["check_arguments", "check_averages", "check_evaluators"]
@@ -94,6 +94,7 @@ def check_evaluators(
         check_count(what, "sanity", one.sanity, 0)
         source = ungrouped(one.data, seed=seed, batch_size=one.batch_size, what=what)
         source.check(what)
+        check_end(what, source, one.limit)
         if source.once:
             raise DataError(
                 explain(

@@ -8,7 +8,7 @@ Laws
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -167,11 +167,15 @@ def evaluate(
     state = with_params(state, eval_step, params, "ft.evaluate")
     source = ungrouped(data, seed=state.counters().seed, batch_size=batch_size, what="ft.evaluate")
     source.check("ft.evaluate")
+    check_end("ft.evaluate", source, limit)
     try:
         step = prepare(eval_step, compile, donate=False, backend=backend, what="ft.evaluate")
         return run(state, step, source, limit=limit)
     finally:
         source.close()
+
+
+_END: Any = object()
 
 
 class Stopped(Exception):
@@ -252,9 +256,19 @@ def predict(
     step = prepare(predict_step, compile, donate=False, backend=backend, what="ft.predict")
 
     def outputs() -> Iterator[Any]:
+        found = _outputs(state, step, source, "ft.predict", limit)
+        counters = state.counters()
+        # Entered for each batch, not for the whole: in between it is the user's code that runs.
+        streams = rng.Isolated(rng.fold_in_host(counters.seed, counters.step, 0xE7A1))
         try:
-            yield from _outputs(state, step, source, "ft.predict", limit)
+            while True:
+                with streams:
+                    out = next(found, _END)
+                if out is _END:
+                    return
+                yield out
         finally:
+            found.close()
             source.close()
 
     return outputs()
@@ -262,7 +276,7 @@ def predict(
 
 def _outputs(
     state: TrainState, step: CompiledStep, source: Epochs, name: str, limit: int | None = None
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     counters = state.counters()
     count = 0
     feed = Feed(source(0), state.device, source.finish, 0)
@@ -300,6 +314,18 @@ def with_params(state: TrainState, step: Any, name: str | None, what: str) -> Tr
         )
     params, buffers = averaged(state, name, what)
     return state.replace(params=params, buffers={**state.buffers, **buffers})
+
+
+def check_end(what: str, source: Epochs, limit: int | None) -> None:
+    """Raise where an evaluation would never come to an end."""
+    if source.endless and limit is None:
+        raise DataError(
+            explain(
+                f"{what}: the data is endless, so the evaluation would be, too.",
+                expected="data with an end, or a limit",
+                fix="limit=100   # in batches; or source.take(n)",
+            )
+        )
 
 
 def check_count(what: str, name: str, n: object, least: int = 1) -> None:

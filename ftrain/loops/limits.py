@@ -67,6 +67,15 @@ class Limits(NamedTuple):
                     )
                 )
             epochs = 1
+        if data.endless and epochs is not None and steps is None and until is None:
+            raise LimitError(
+                explain(
+                    f"{what}: epochs={epochs}, but the data is endless: its first epoch never ends.",
+                    expected="steps= or until=, or data with an end",
+                    got=f"epochs={epochs}",
+                    fix=f"{what}(state, step, data, steps=1000)   # or source without .repeat()",
+                )
+            )
         if data.once and epochs is not None and epochs > 1:
             raise DataError(
                 explain(

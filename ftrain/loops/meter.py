@@ -97,7 +97,11 @@ class Meter:
                 for column in own:
                     column.extend(numbers[at : at + pack.steps])
                     at += pack.steps
-        ordered = sorted(columns.items(), key=lambda item: item[0][0])  # what hooks told comes last, and so stays
+        # What hooks told comes last, and so stays; of a name that was told in several forms, the last one.
+        latest = {
+            name: kind for pack in self._packs if pack.told for name, kind in zip(pack.names, pack.kinds, strict=True)
+        }
+        ordered = sorted(columns.items(), key=lambda item: (item[0][0], latest.get(item[0][1]) is item[0][2]))
         found: dict[str, Any] = {name: kind.fold(*own).compute() for (_, name, kind), own in ordered}
         for name, parts in self._collected.items():
             found[name] = Collect.fold(parts).compute().cpu()  # sync: values that are kept one by one

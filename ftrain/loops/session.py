@@ -104,8 +104,11 @@ class Session:
             else:
                 reason = self.signals.reason
         else:
-            self.start = position = found.position
+            self.start = found.position
             state, reason = self.take_over(found)
+            assert self.tick is not None, "it was taken over"
+            # What was pending was done by now, and hooks may have gone back in it.
+            position = dataclasses.replace(found.position, clock=self.clock(self.tick))
         if reason is None:
             reason = self.turn(state, step, source, limits, position)
         tick = self.tick

@@ -90,6 +90,19 @@ class Failure:
             self._state, self._load = self._load(), None
         return self._state
 
+    def __reduce__(self) -> Any:
+        """As a value, with its state: an error travels from the process of a pool to the one that waits for it."""
+        return _failure, (self.origin, self.at, (self.step, self.epoch, self.batch), self.path, self.state)
+
     def __repr__(self) -> str:
         path = "" if self.path is None else f", path={self.path!r}"
         return f"Failure(origin={self.origin!r}, at={self.at}, step={self.step}, epoch={self.epoch}, batch={self.batch}{path})"
+
+
+def _failure(
+    origin: str | None, at: int | None, where: tuple[int, int, int], path: str | None, state: TrainState | None
+) -> Failure:
+    found = Failure(origin, None, at, where)
+    found._state = state
+    found.path = path
+    return found

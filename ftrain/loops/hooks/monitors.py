@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import ArgumentError, HookError, LimitError, explain
+from ...errors import ArgumentError, HookError, HookWarning, LimitError, explain
 from ...metrics import Mean, Metric
 from ..cadences import Cadence
 from ..events import Event
@@ -146,12 +147,15 @@ def check_evaluator(hook: str, monitor: str, event: Event, who: str) -> None:
 
 
 def check_seen(hook: str, monitor: str, seen: Callable[[], bool], event: Event, who: str) -> None:
-    """Raise at the end of a run in which the metric of an evaluator never appeared; `seen` is asked only if it matters."""
+    """Warn at the end of a run in which the metric of an evaluator never appeared; `seen` is asked only if it matters.
+
+    No error: the run is over, and its result is worth something.
+    """
     # A run that was cut short in its first epoch, before any evaluation, is not the hook's mistake.
     evaluated = [name for name in event.metrics if "/" in name]
     if not (evaluated or event.clock.epochs) or seen():
         return
-    raise HookError(
+    warnings.warn(
         explain(
             f"{who}: the metric never appeared, so the hook did nothing.",
             expected=" or ".join(map(repr, evaluated)) if evaluated else "an evaluation in the course of the run",
@@ -160,7 +164,9 @@ def check_seen(hook: str, monitor: str, seen: Callable[[], bool], event: Event, 
             if evaluated
             else f"the evaluator {monitor.partition('/')[0]!r} never ran: its cadence did not fire",
             fix=named(hook, _close(monitor, evaluated)) if evaluated else "ft.Evaluator(..., every=ft.every(epochs=1))",
-        )
+        ),
+        HookWarning,
+        stacklevel=2,
     )
 
 

@@ -75,8 +75,8 @@ def plateau(
     Raises:
         LimitError: now, if an argument makes no sense.
         HookError: when the run starts, if the state has no such injected hyper-parameter or a schedule sets it, or the run no such
-            evaluator; at the first evaluation by the evaluator, or the first step, that lacks the metric; at the end, if the metric
-            never appeared.
+            evaluator; at the first evaluation by the evaluator, or the first step, that lacks the metric. One that never ran is said
+            in a warning at the end.
 
     >>> import torch, ftrain as ft
     >>> model, tx = torch.nn.Linear(1, 1), ft.optim.inject(ft.optim.sgd)(lr=0.1)

@@ -73,7 +73,7 @@ def early_stop(
     Raises:
         LimitError: now, if an argument makes no sense.
         HookError: when the run starts, if it has no such evaluator; at the first evaluation by the evaluator, or the first step,
-            that lacks the metric; at the end, if it never appeared.
+            that lacks the metric. An evaluator that never ran is said in a warning at the end.
 
     >>> import torch, ftrain as ft
     >>> model, tx = torch.nn.Linear(1, 1), ft.optim.sgd(0.1)
