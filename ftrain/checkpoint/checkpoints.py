@@ -29,7 +29,7 @@ from .keeping import Keep, keep
 from .resuming import damaged, read_run
 
 if TYPE_CHECKING:
-    from .store import RESERVED, Store
+    from .store import Store
 
 __all__ = ["Checkpoints"]
 
@@ -240,6 +240,8 @@ class RunCheckpoints:
 
     def amend(self, snapshot: Snapshot) -> None:
         """Give the checkpoint of this step the metrics that it could not have, since its evaluation was interrupted."""
+        from .store import RESERVED
+
         step = snapshot.state.counters().step
         if step in self.store.foreign:
             return

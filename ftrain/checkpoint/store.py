@@ -33,7 +33,7 @@ from .reading import like_leaf, read
 from .report import Report
 from .staging import Staging
 
-__all__ = ["Store"]
+__all__ = ["RESERVED", "Store"]
 
 RESERVED = ("format", "step", "folder", "versions")
 PLAIN = "~plain"  # path of the arrays of plain trees; no key of a tree begins so

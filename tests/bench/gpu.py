@@ -1,4 +1,4 @@
-"""What can only be seen on a GPU: `python tests/bench/gpu.py [--parts laws,sync,memory,time] [--write [FOLDER]]`.
+"""What can only be seen on a GPU: `python tests/bench/gpu.py [--parts laws,sync,around,memory,time] [--write [FOLDER]]`.
 
 Runs from the source tree on a machine without network; the core of ftrain needs torch, numpy, optree and lazy_loader there.
 
@@ -9,6 +9,8 @@ Runs from the source tree on a machine without network; the core of ftrain needs
   again, and its copies cost less than copies that are waited for.
 - sync: no step between two log points waits for the device. On CUDA 200 steps run under `set_sync_debug_mode("error")`; on a CPU
   (`--cpu`, which is there to try this script out) the profiler counts `aten::_local_scalar_dense`.
+- around: hooks between two log points without a wait, batch sizes and micro-batches found with memory that really runs out, the
+  profiler's files, deterministic algorithms, the estimated peak of memory, predictions, replayed steps, hooks resumed (around.py).
 - memory: peak of the allocator above what was allocated before the model existed, over steady steps of a 24 M MLP, alone, with
   clipping, averages and bf16-mixed, and with eight micro-batches.
 - time: the contenders of run.py on the device; the recipe in float16 too.
@@ -33,8 +35,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from syncs import Between, no_sync
+
 ROOT = Path(__file__).parents[2]
-PARTS = ("laws", "sync", "memory", "time")
+PARTS = ("laws", "sync", "around", "memory", "time")
 NEEDED = ("torch", "numpy", "optree", "lazy_loader")
 
 
@@ -77,6 +81,10 @@ def main() -> int:
         rows += [_verdict(check, device) for check in LAWS]
     if "sync" in parts:
         rows += [_verdict(check, device) for check in SYNC]
+    if "around" in parts:
+        import around
+
+        rows += [_verdict(check, device) for check in around.AROUND]
     if rows:
         data["checks"] = [dict(zip(("check", "verdict", "detail"), row, strict=True)) for row in rows]
         tables.append(
@@ -126,15 +134,19 @@ def _verdict(check: Callable[[str], str], device: str) -> list[str]:
     """Run a check. What it returns is shown; an assertion that fails is a FAIL, anything else that is raised an ERROR."""
     name = (check.__doc__ or check.__name__).splitlines()[0].rstrip(".")
     print(f"check: {name}", file=sys.stderr, flush=True)
+    verdict = "ERROR"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return [name, "PASS", check(device)]
+            detail = check(device)
+        verdict = "PASS"
     except AssertionError as error:
-        return [name, "FAIL", " ".join(str(error).split())[:300]]
+        verdict, detail = "FAIL", " ".join(str(error).split())[:300]
     except Exception as error:  # the other checks are still worth running
         traceback.print_exc()
-        return [name, "ERROR", f"{type(error).__name__}: {error}".splitlines()[0][:300]]
+        detail = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    print(f"  {verdict}: {detail}", file=sys.stderr, flush=True)  # at once: what comes later may take the process down
+    return [name, verdict, detail]
 
 
 # --------------------------------------------------------------------------------------------------------------- the laws
@@ -490,34 +502,6 @@ LAWS += [recipe_whole, scales_agree, recipe_agrees, parts_agree, feed_right, fee
 # ----------------------------------------------------------------------------------------------- no waiting for the device
 
 
-@contextlib.contextmanager
-def no_sync(device: str) -> Iterator[None]:
-    """What waits for the device in here raises an AssertionError (on a CPU: at the end of the block)."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        except RuntimeError as error:
-            if "synchroniz" not in str(error):
-                raise
-            raise AssertionError(f"{error} {_where(error)}") from error
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        yield
-    reads = sum(event.count for event in profile.key_averages() if event.key == "aten::_local_scalar_dense")
-    assert not reads, f"{reads} reads of a value"
-
-
-def _where(error: BaseException) -> str:
-    """The innermost line of ftrain in a traceback."""
-    lines = [f for f in traceback.extract_tb(error.__traceback__) if "ftrain" in Path(f.filename).parts]
-    return f"at ftrain/{lines[-1].filename.rpartition('/ftrain/')[2]}:{lines[-1].lineno}" if lines else ""
-
-
 def planted(device: str) -> str:
     """The sync check sees a planted `.item()`."""
     import torch
@@ -657,34 +641,11 @@ def sync_fit(device: str) -> str:
     state, step, batches = _mlp(device, 0.5)
     fast = ft.compile(step)
     ft.fit(state, fast, batches, steps=3, progress=False)
-    guard = no_sync(device)
-
-    def data(epoch: int) -> Iterator[Any]:
-        for i, batch in enumerate(batches):
-            if i == 10:
-                guard.__enter__()
-            if i == 210:
-                guard.__exit__(None, None, None)
-            yield batch
-
-    with contextlib.redirect_stdout(cases.Nowhere(terminal=False)):  # type: ignore[type-var]
-        try:
-            result = ft.fit(state, fast, data, steps=300, log=ft.every(steps=300))
-        except RuntimeError as error:
-            if "synchroniz" not in str(error):
-                raise
-            raise AssertionError(f"{error} {_where(error)}") from error
-        finally:
-            _default_mode(device)
+    data = Between(device, batches, 10, 210)
+    with data.watching(), contextlib.redirect_stdout(cases.Nowhere(terminal=False)):  # type: ignore[type-var]
+        result = ft.fit(state, fast, data, steps=300, log=ft.every(steps=300))
     assert len(result.history) == 1, f"{len(result.history)} log points in between"
     return f"200 of 300 steps, rung {fast.rung}"
-
-
-def _default_mode(device: str) -> None:
-    import torch
-
-    if device == "cuda":
-        torch.cuda.set_sync_debug_mode("default")
 
 
 SYNC = [
