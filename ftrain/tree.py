@@ -233,9 +233,14 @@ def check_same(expected: Any, got: Any, *, root: str, what: str, fix: str | None
       expected: float32[2] on cpu
       got:      float32[3] on cpu
     """
-    if not same_structure(expected, got):
+    if torch.compiler.is_compiling():
+        same, pairs = same_structure(expected, got), builtins.zip(leaves(expected), leaves(got), strict=False)
+    else:  # one walk of each tree, not two: this is asked after each hook that changes the state
+        (one, first), (two, second) = (optree.tree_flatten(x, namespace=NAMESPACE) for x in (expected, got))
+        same, pairs = first == second, builtins.zip(one, two, strict=False)
+    if not same:
         raise _structure_error(expected, got, root, what, fix)
-    if all(a is b or _alike(a, b) for a, b in builtins.zip(leaves(expected), leaves(got), strict=True)):
+    if all(a is b or _alike(a, b) for a, b in pairs):
         return  # paths are written out only for a message
     for (path, a), b in builtins.zip(items(expected, root), leaves(got), strict=True):
         if not _alike(a, b):

@@ -34,9 +34,10 @@ def carry(own: dict[str, Any], new: TrainState, batch: Batch, counted: bool) -> 
 
 def overwrite(state: TrainState, new: TrainState) -> TrainState:
     """Donation without a graph: copy the new leaves into the memory of the old state, and hand that on."""
-    old_leaves, new_leaves = tree.leaves(state), tree.leaves(new)
-    memory = {leaf.untyped_storage().data_ptr() for leaf in old_leaves}
-    pairs = [(o, n) for o, n in zip(old_leaves, new_leaves, strict=True) if n is not o]
+    pairs = []
+    if new is not state:
+        pairs = [(o, n) for o, n in zip(tree.leaves(state), tree.leaves(new), strict=True) if n is not o]
+    memory = {o.untyped_storage().data_ptr() for o, _ in pairs}  # all that is written to
     values = [n.clone() if n.untyped_storage().data_ptr() in memory else n for _, n in pairs]
     own = consume(state)
     if pairs:  # a step may give its state back as it was
