@@ -208,6 +208,23 @@ def test_once_is_once_also_after_a_resume() -> None:
     assert told == ["step 2 a"]
 
 
+def test_a_memory_of_another_form_is_begun_anew() -> None:
+    case, step, state = setup("mlp")
+
+    def counter(start: Any) -> Any:
+        return ft.on("step", ft.Hook("n", lambda state: start, lambda s, m, e: (s, ft.tree.map(lambda x: x + 1, m))))
+
+    first = fit(state, step, case.batches(2), hooks=[counter(torch.zeros(()))])
+    assert float(first.state.extra["n"]) == 2
+    assert float(fit(first.state, step, case.batches(2), hooks=[counter(torch.zeros(()))]).state.extra["n"]) == 4
+    for other in (torch.zeros(2), torch.zeros((), dtype=torch.int64), {"n": torch.zeros(())}):
+        again = fit(first.state, step, case.batches(2), hooks=[counter(other)]).state.extra["n"]
+        assert equal(again, ft.tree.map(lambda x: x + 2, other))
+    guard = {"progress": False, "compile": False}
+    spiky = ft.fit(state, step, case.batches(2), hooks=[ft.hooks.spike_guard("skip", window=8)], **guard)
+    ft.fit(spiky.state, step, case.batches(2), hooks=[ft.hooks.spike_guard("skip", window=9)], **guard)
+
+
 def test_a_hook_with_memory_may_be_called_once() -> None:
     case, step, state = setup("mlp")
     counter = ft.Hook("counter", lambda state: {"n": torch.zeros(())}, lambda s, m, e: (s, {"n": m["n"] + 1}))

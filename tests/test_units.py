@@ -15,7 +15,7 @@ from hypothesis import given
 
 import ftrain as ft
 from ftrain.errors import ArgumentError, LimitError
-from ftrain.loops.cadences import Clock, bounds
+from ftrain.loops.cadences import Clock, Moment, bounds
 
 LENGTH = 5  # of an epoch
 
@@ -104,11 +104,12 @@ def test_asked_only_at_its_moments_it_fires_as_often(cadence: ft.loops.Cadence, 
     ticks = clocks(3, length)
     bound = cadence.bound(length, True, "the test")
     full = [now for before, now in itertools.pairwise(ticks) if bound.fires(before, now)]
-    asked, (step, second), found = ticks[0], bounds(bound.moments(ticks[0]), ticks[0]), []
+    asked, due, found = ticks[0], bounds(bound.moments(ticks[0]), ticks[0]), []
     for now in ticks[1:]:
-        if now.batch == 0 or now.steps >= step or now.seconds >= second:
+        reached = now.steps >= due.step or now.seconds >= due.second
+        if now.batch == 0 or reached or now.samples >= due.sample or now.tokens >= due.token:
             found += [now] if bound.fires(asked, now) else []
-            asked, (step, second) = now, bounds(bound.moments(now), now)
+            asked, due = now, bounds(bound.moments(now), now)
     assert found == full
 
 
@@ -122,15 +123,14 @@ def test_a_cadence_reads_as_it_is_written(cadence: ft.loops.Cadence) -> None:
 
 def test_rare_cadences_are_asked_rarely() -> None:
     now = Clock(5)
-    assert bounds(ft.every(steps=1000).moments(now), now) == (1000, math.inf)
-    assert bounds(ft.every(epochs=1).moments(now), now) == (math.inf, math.inf)
-    assert bounds(ft.every(seconds=60).moments(now), now) == (math.inf, 60)
+    assert bounds(ft.every(steps=1000).moments(now), now) == Moment(1000, math.inf, math.inf, math.inf)
+    assert bounds(ft.every(epochs=1).moments(now), now) == Moment(math.inf, math.inf, math.inf, math.inf)
+    assert bounds(ft.every(seconds=60).moments(now), now) == Moment(math.inf, 60, math.inf, math.inf)
+    assert bounds(ft.every(samples=64).moments(now), now) == Moment(math.inf, math.inf, 64, math.inf)
+    assert bounds(ft.until(tokens=99).moments(now), now) == Moment(math.inf, math.inf, math.inf, 99)
     rare = ft.every(steps=10) & ft.after(steps=500)
-    assert bounds(rare.moments(now), now) == (10, math.inf)
-    assert bounds(ft.every(fraction=0.5).bound(100, False, "the test").moments(Clock(5, batch=5)), now) == (
-        50,
-        math.inf,
-    )
+    assert bounds(rare.moments(now), now).step == 10
+    assert bounds(ft.every(fraction=0.5).bound(100, False, "the test").moments(Clock(5, batch=5)), now).step == 50
 
 
 SENSELESS = [

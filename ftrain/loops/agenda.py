@@ -2,7 +2,7 @@
 
 Laws
 ----
-- Nothing that is due is missed: between two questions no cadence can fire before `due` steps and `due_at` seconds.
+- Nothing that is due is missed: between two questions no cadence can fire before one of the bounds of `due` is reached.
 - A reason to stop is kept until the run has done what it does at least.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .cadences import Cadence, Clock, bounds
+from .cadences import Cadence, Clock, Moment, bounds
 from .calling import Hooks
 
 __all__ = ["Agenda"]
@@ -41,14 +41,16 @@ class Agenda:
         self.snapshot, self.at_least = snapshot, at_least
         self.saving: Cadence | None = None  # when checkpoints are made
         self.asked: Clock | None = None  # when the cadences were last asked
-        self.due = 0.0  # the first step at which one of them may fire, or a hook that is not called at every step
-        self.due_at = math.inf  # the first second at which one may that waits for the time
+        # The first step at which one of them may fire, or a hook that is not called at every step; and the first second, sample
+        # and token at which one may that waits for those.
+        self.due = Moment(0.0, math.inf, math.inf, math.inf)
         self.back = False  # whether hooks went back since that was found out, so that some may fire sooner
         self.held: str | None = None  # a reason to stop that has to wait
 
     def reached(self, now: Clock) -> bool:
         """Whether it is time to ask."""
-        return now.steps >= self.due or now.seconds >= self.due_at
+        step, second, sample, token = self.due
+        return now.steps >= step or now.seconds >= second or now.samples >= sample or now.tokens >= token
 
     def close(self, now: Clock) -> None:
         """All was asked at this clock: find out when something may be due next."""
@@ -56,7 +58,7 @@ class Agenda:
         moments = self.hooks.moments(self.hooks.before or now)
         for cadence in self._cadences():
             moments.extend(cadence.moments(now))
-        self.due, self.due_at = bounds(moments, now)
+        self.due = bounds(moments, now)
         self.back = False
 
     def hold(self, stop: str | None, before: Clock | None, now: Clock) -> str | None:

@@ -39,7 +39,7 @@ class Clock(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """No sooner than at this step (counted like `Clock.steps`, at its end) and at this second: bounds, both inclusive.
+    """No sooner than at this step (counted like `Clock.steps`, at its end), second, sample and token: bounds, all inclusive.
 
     >>> from ftrain.loops.cadences import Moment
     >>> Moment(10).second
@@ -48,6 +48,12 @@ class Moment(NamedTuple):
 
     step: float
     second: float = 0.0
+    sample: float = 0
+    token: float = 0
+
+    def both(self, other: Moment) -> Moment:
+        """No sooner than either."""
+        return Moment(*map(max, self, other))
 
 
 class Cadence:
@@ -121,7 +127,7 @@ class _Join(Cadence):
         # What fires at one moment compares two clocks, so it has to be asked at each, whether or not the other side holds then.
         if self.a.pulses() or self.b.pulses():
             return one if self.a.pulses() else two
-        return [Moment(max(x.step, y.step), max(x.second, y.second)) for x in one for y in two]
+        return [x.both(y) for x in one for y in two]
 
     def pulses(self) -> bool:
         return self.a.pulses() or self.b.pulses()
@@ -217,14 +223,16 @@ class _Timed(Cadence):
         if self.unit == "steps":
             return [Moment(max(goal, now.steps + 1))]
         if self.unit == "seconds":
-            return [Moment(now.steps + 1, goal)]
+            return [Moment(now.steps + 1, second=goal)]
+        if self.unit == "samples":
+            return [Moment(now.steps + 1, sample=goal)]
+        if self.unit == "tokens":
+            return [Moment(now.steps + 1, token=goal)]
         if self.unit == "epochs":
             return []
-        if self.unit == "fraction":
-            ahead = goal - self.amount(now)
-            ends = goal % self._known() == 0 and ahead > 0
-            return [] if ends else [Moment(now.steps + max(1, math.floor(ahead)))]
-        return [Moment(now.steps + 1)]
+        ahead = goal - self.amount(now)  # a fraction, in batches
+        ends = goal % self._known() == 0 and ahead > 0
+        return [] if ends else [Moment(now.steps + max(1, math.floor(ahead)))]
 
     def _known(self) -> int:
         if self.length is None:
@@ -306,13 +314,21 @@ class At(_Timed):
         return f"at({self.n:g})" if self.unit == "steps" else super().__repr__()
 
 
-def bounds(moments: list[Moment], now: Clock) -> tuple[float, float]:
-    """The first step at which one of these moments may come whatever the time is, and the first second at which one may.
+def bounds(moments: list[Moment], now: Clock) -> Moment:
+    """The first step at which one of these moments may come whatever else is, and the first second, sample and token at which one may.
 
     >>> from ftrain.loops.cadences import Clock, Moment, bounds
-    >>> bounds([Moment(10), Moment(1, 60.0)], Clock())
-    (10, 60.0)
+    >>> bounds([Moment(10), Moment(1, second=60.0)], Clock())
+    Moment(step=10, second=60.0, sample=inf, token=inf)
     """
-    steps = [moment.step for moment in moments if moment.second <= now.seconds]
-    seconds = [moment.second for moment in moments if moment.second > now.seconds]
-    return min(steps, default=math.inf), min(seconds, default=math.inf)
+    step = second = sample = token = math.inf
+    for moment in moments:  # one bound that is not reached yet is enough to wait for
+        if moment.second > now.seconds:
+            second = min(second, moment.second)
+        elif moment.sample > now.samples:
+            sample = min(sample, moment.sample)
+        elif moment.token > now.tokens:
+            token = min(token, moment.token)
+        else:
+            step = min(step, moment.step)
+    return Moment(step, second, sample, token)

@@ -92,12 +92,16 @@ class Hooks:
                 )
 
     def init(self, state: TrainState) -> TrainState:
-        """The state with the memory of those hooks that have none in it yet."""
+        """The state with the memory of those hooks that have none in it yet, or one of another form: that of another hook."""
         extra = dict(state.extra)
+        changed = False
         for one in self._entries:
-            if isinstance(one.hook, Hook) and one.name not in extra:
-                extra[one.name] = _memory(one.name, one.hook.init(state.replace(extra=dict(extra))))
-        return state if extra.keys() == state.extra.keys() else state.replace(extra=extra)
+            if not isinstance(one.hook, Hook):
+                continue
+            fresh = _memory(one.name, one.hook.init(state.replace(extra=dict(extra))))
+            if one.name not in extra or not _alike(extra[one.name], fresh):
+                extra[one.name], changed = fresh, True
+        return state.replace(extra=extra) if changed else state
 
     def __call__(self, state: TrainState, event: Event, *, due: bool = True) -> Outcome:
         """Run the hooks that want this event; gives the last state, all their metrics, and the first reason to stop.
@@ -295,6 +299,14 @@ def _metric(hook: str, key: str, value: Any) -> Any:
             expected="a number, a 0-d tensor, or a metric of ftrain.metrics other than Collect",
             got=tree.describe(value),
         )
+    )
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two memories are of one form."""
+    return tree.same_structure(a, b) and all(
+        isinstance(x, Tensor) and (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
+        for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True)
     )
 
 

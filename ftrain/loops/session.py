@@ -171,7 +171,7 @@ class Session:
             self.told.progress,
             self.signals,
         )
-        agenda, refresh = self.agenda, math.inf if show is None else time.perf_counter()
+        agenda, first, refresh = self.agenda, self.begin[1], math.inf if show is None else time.perf_counter()
         try:
             while signals.reason is None:
                 try:
@@ -191,11 +191,14 @@ class Session:
                     add(tick.metrics)
                     if self.unchecked:
                         self.first_loss(tick)
+                step_, second, sample, token = agenda.due
                 if (
                     steady
                     or tick.end
-                    or tick.step - begin >= agenda.due
-                    or (agenda.due_at < math.inf and self.seconds() >= agenda.due_at)
+                    or tick.step - begin >= step_
+                    or tick.samples - first >= sample
+                    or tick.tokens >= token
+                    or (second < math.inf and self.seconds() >= second)
                 ):
                     old = tick.state
                     new, stop = self.attend(tick, "epoch" if tick.end else "step")
