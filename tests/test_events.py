@@ -666,6 +666,20 @@ def test_a_step_that_trains_is_no_evaluation() -> None:
         fit(state, step, case.batches(2), evals={"val": ft.Evaluator(step, case.batches(1))})
 
 
+def test_a_step_that_predicts_is_no_evaluation() -> None:
+    case, step, state = setup("mlp")
+    val = ft.Evaluator(ft.predict_step(case.model()), case.batches(1))
+    with pytest.raises(ft.errors.DataError, match="the evaluator 'val': its step is one that predicts"):
+        fit(state, step, case.batches(2), evals={"val": val})
+
+
+@pytest.mark.parametrize("name", [3, "", "train", "a/b"])
+def test_what_an_evaluator_cannot_be_called(name: Any) -> None:
+    case, step, state = setup("mlp")
+    with pytest.raises(ft.errors.DataError, match="an evaluator cannot be called"):
+        fit(state, step, case.batches(2), evals={name: evaluator([], "val")})
+
+
 def test_an_average_that_is_not_there_is_missed_before_the_first_step() -> None:
     case, step, state = setup("mlp")
     calls: list[int] = []

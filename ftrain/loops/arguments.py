@@ -9,6 +9,7 @@ from .. import tree
 from ..data.window import ungrouped
 from ..errors import DataError, LimitError, explain
 from ..state import TrainState
+from ..steps.evaluate import EvalStep, ReadStep
 from ..steps.train import Stepped
 from .cadences import Cadence
 from .evaluate import Compile, Evaluator, Prepared, check_count, check_end, prepare, with_params
@@ -79,14 +80,22 @@ def check_evaluators(
                     fix=f"evals={{{name!r}: ft.Evaluator(ft.eval_step(model, metric_fn), val_data)}}",
                 )
             )
-        if name == "train" or "/" in name:
+        if not isinstance(name, str) or not name or name == "train" or "/" in name:
             raise DataError(
-                explain(f"ft.fit: an evaluator cannot be called {name!r}.", expected='a name without "/", not "train"')
+                explain(
+                    f"ft.fit: an evaluator cannot be called {name!r}.",
+                    expected='a name without "/", not "train"',
+                    got=repr(name),
+                    fix='evals={"val": ft.Evaluator(...)}',
+                )
             )
         if not isinstance(one.every, Cadence):
             raise DataError(
                 explain(
-                    f"ft.fit: evals[{name!r}].every is no cadence.", expected="ft.every(epochs=1)", got=repr(one.every)
+                    f"ft.fit: evals[{name!r}].every is no cadence.",
+                    expected="ft.every(epochs=1)",
+                    got=repr(one.every),
+                    fix="ft.Evaluator(..., every=ft.every(epochs=1))",
                 )
             )
         what = f"the evaluator {name!r}"
@@ -103,10 +112,11 @@ def check_evaluators(
                 )
             )
         step = prepare(one.step, compile, donate=False, backend=backend, what=what)
-        if isinstance(step.step, Stepped):
+        trains = isinstance(step.step, Stepped)
+        if trains or (isinstance(step.step, ReadStep) and not isinstance(step.step, EvalStep)):
             raise DataError(
                 explain(
-                    f"{what}: its step is one that trains.",
+                    f"{what}: its step is one that {'trains' if trains else 'predicts'}.",
                     expected="(state, batch) -> metrics",
                     got=repr(step.step),
                     fix=f"evals={{{name!r}: ft.Evaluator(ft.eval_step(model, metric_fn), data)}}",
