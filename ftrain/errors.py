@@ -93,7 +93,7 @@ class DataError(FtrainError, ValueError):
 
 
 class LimitError(FtrainError, ValueError):
-    """`epochs=`, `steps=` or `until=` make no sense."""
+    """A number, a limit or a choice makes no sense: `epochs=0`, `steps=-1`, `mode="cubic"`."""
 
 
 class HookError(FtrainError, TypeError):

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, get_args
 
 import numpy as np
 
-from ..errors import ArgumentError, DataError, explain
+from ..errors import ArgumentError, DataError, FtrainError, explain
 
 __all__ = ["amount", "integer", "one_of"]
 
 
-def integer(value: object, what: str, name: str, *, least: int | None = None, most: int | None = None) -> None:
-    """Raise unless a value is an integer between two bounds, both included.
+def integer(
+    value: object,
+    what: str,
+    name: str,
+    *,
+    least: int | None = None,
+    most: int | None = None,
+    kind: type[FtrainError] = DataError,
+    fix: str | None = None,
+) -> None:
+    """Raise unless a value is an integer between two bounds, both included; `kind` for one that is outside of them.
 
     >>> from ftrain.data.checks import integer
     >>> integer(0, "f", "n", least=1)
@@ -25,8 +35,9 @@ def integer(value: object, what: str, name: str, *, least: int | None = None, mo
     if whole and (least is None or value >= least) and (most is None or value <= most):  # type: ignore[operator]
         return
     bounds = "" if least is None else (f" >= {least}" if most is None else f" from {least} to {most}")
-    kind = DataError if whole else ArgumentError
-    raise kind(explain(f"{what}: {name}={value!r} makes no sense.", expected=f"an integer{bounds}", got=repr(value)))
+    raise (kind if whole else ArgumentError)(
+        explain(f"{what}: {name}={value!r} makes no sense.", expected=f"an integer{bounds}", got=repr(value), fix=fix)
+    )
 
 
 def amount(value: object, what: str) -> None:
@@ -45,13 +56,27 @@ def amount(value: object, what: str) -> None:
     )
 
 
-def one_of(value: object, choices: Any, what: str, name: str) -> None:
-    """Raise unless a value is one of those of a Literal."""
-    if value not in get_args(choices):
-        raise DataError(
+def one_of(value: object, choices: Any, what: str, name: str, *, kind: type[FtrainError] = DataError) -> None:
+    """Raise unless a value is one of those of a Literal; the error shows the nearest one.
+
+    >>> from typing import Literal
+    >>> from ftrain.data.checks import one_of
+    >>> one_of("exp", Literal["exponential", "linear"], "f", "mode")
+    Traceback (most recent call last):
+    ftrain.errors.DataError: f: there is no mode='exp'.
+      expected: 'exponential', 'linear'
+      got:      'exp'
+      fix:      f(..., mode='exponential')
+    """
+    known = get_args(choices)
+    if value not in known:
+        texts = [one for one in known if isinstance(one, str)]
+        near = difflib.get_close_matches(value, texts, n=1, cutoff=0.0) if isinstance(value, str) else None
+        raise kind(
             explain(
                 f"{what}: there is no {name}={value!r}.",
-                expected=", ".join(map(repr, get_args(choices))),
+                expected=", ".join(map(repr, known)),
                 got=repr(value),
+                fix=f"{what}(..., {name}={(near or known)[0]!r})",
             )
         )

@@ -30,11 +30,11 @@ from torch._subclasses.fake_tensor import (
 from .. import tree
 from ..errors import InspectError, explain
 
-__all__ = ["Fakes", "ReadsInOptimizer", "is_abstract", "place", "quiet", "reads_nothing", "users_own"]
+__all__ = ["LIBRARIES", "Fakes", "ReadsInOptimizer", "is_abstract", "place", "quiet", "reads_nothing", "users_own"]
 
 _FTRAIN = str(Path(__file__).parents[1])
 _HERE = str(Path(__file__).parent)
-_LIBRARIES = (_FTRAIN, *(str(Path(str(module.__file__)).parent) for module in (torch, optree)))
+LIBRARIES = (_FTRAIN, *(str(Path(str(module.__file__)).parent) for module in (torch, optree)))
 
 # How torch words an access to memory that a fake tensor does not have (2.11 and 2.13).
 _NO_MEMORY = (".numpy() is not supported for tensor subclasses", "Cannot access data pointer")
@@ -112,7 +112,7 @@ def users_own(frames: list[traceback.FrameSummary]) -> traceback.FrameSummary | 
     ... ).lineno
     3
     """
-    own = [frame for frame in frames if not frame.filename.startswith((*_LIBRARIES, "<frozen", "<eval_with_key"))]
+    own = [frame for frame in frames if not frame.filename.startswith((*LIBRARIES, "<frozen", "<eval_with_key"))]
     ours = [frame for frame in frames if frame.filename.startswith(_FTRAIN) and not frame.filename.startswith(_HERE)]
     return next((found[-1] for found in (own, ours, frames) if found), None)
 

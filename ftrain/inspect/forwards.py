@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +19,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import rng, tree
-from ..errors import ModelError, explain
+from ..errors import ArgumentError, FtrainError, ModelError, explain
 from ..types import Batch
+from .circumstances import described, with_circumstances
 from .fakes import Fakes, reads_nothing
 from .operations import counter
 from .tables import shape
 
 __all__ = ["Call", "forward"]
+
+
+_INPUTS = ("x", "input", "inputs", "input_ids", "image", "images")  # how batches call what a model is given
 
 
 @dataclass
@@ -60,6 +67,11 @@ def forward(
 
     Returns:
         What each module did, by its path; the operations in all; and the shapes that lazy parameters got.
+
+    Raises:
+        ArgumentError: the model does not take the batch as it is, and there is no `fn`.
+        InspectError: it reads a value.
+        Whatever the model raises, with a note that says where, and what the batch was like.
     """
     fakes = Fakes(list(leaves.values()))
     memo: dict[int, Any] = {}
@@ -91,6 +103,7 @@ def forward(
             module.register_forward_pre_hook(functools.partial(_settle, fakes), with_kwargs=True, prepend=True)
     given = _placed(fakes, batch)
     with (
+        _noted(batch, what),
         rng.Isolated(0),
         torch.compiler.set_stance("force_eager"),
         torch.enable_grad(),
@@ -98,10 +111,82 @@ def forward(
         fakes.mode,
         operations,
     ):
-        private(given) if fn is None else fn(private, given)
+        _call(private, given, fn, what)
     now = {**dict(private.named_parameters()), **dict(private.named_buffers())}
     shapes = {name: tuple(now[name].shape) for name in lazy if name in now and not is_lazy(now[name])}
     return found, operations.get_total_flops(), shapes
+
+
+@contextmanager
+def _noted(batch: Batch, what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        with_circumstances(error, batch, what)
+        raise
+
+
+def _call(model: nn.Module, batch: Any, fn: Callable[[nn.Module, Batch], Any] | None, what: str) -> None:
+    """Call the model as the user says; where nothing was said and it does not take the batch as it is, say what to say.
+
+    Raises:
+        ArgumentError: `forward` takes other arguments, or fails with what is no tensor in the place of one.
+    """
+    if fn is not None:
+        fn(model, batch)
+        return
+    try:
+        model(batch)
+    except (TypeError, AttributeError) as error:
+        # An operator, or an attribute, names the type that it cannot use: "must be Tensor, not dict".
+        kind = type(batch).__name__
+        unsuited = not isinstance(batch, Tensor) and re.search(rf"\b{re.escape(kind)}\b", str(error)) is not None
+        if isinstance(error, FtrainError) or not (unsuited or not _binds(model, batch)):
+            raise
+        raise ArgumentError(
+            explain(
+                f"{what}: the model does not take the batch as its one argument.",
+                where=f"{type(model).__name__}.forward{_signature(model)}",
+                expected="a forward that takes the batch as it is, or fn=, which says how the model is called",
+                got="model(batch), with\n" + "\n".join(line.strip() for line in described(batch)),
+                cause=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+                fix=f"{what}(state, model, batch, fn=lambda model, batch: {_how(model, batch)})",
+            )
+        ) from error
+
+
+def _binds(model: nn.Module, *args: Any, **kwargs: Any) -> bool:
+    """Whether forward takes these arguments, as far as its signature tells."""
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature
+        return True
+    return True
+
+
+def _signature(model: nn.Module) -> str:
+    try:
+        return str(inspect.signature(model.forward))
+    except (TypeError, ValueError):  # it has none
+        return "(...)"
+
+
+def _how(model: nn.Module, batch: Any) -> str:
+    """A call of the model with this batch that its forward takes."""
+    if isinstance(batch, Mapping) and batch:
+        names = [name for name in batch if isinstance(name, str)]
+        if len(names) == len(batch) and _binds(model, **batch):
+            return "model(**batch)"
+        known = inspect.signature(model.forward).parameters
+        tensors = [name for name, leaf in batch.items() if isinstance(leaf, Tensor)]
+        likely = [name for name in names if name in known] + [name for name in _INPUTS if name in batch]
+        name = (likely or tensors or list(batch))[0]
+        return f'model(batch["{name}"])' if isinstance(name, str) else f"model(batch[{name!r}])"
+    if isinstance(batch, Sequence) and batch:
+        return "model(*batch)" if len(batch) > 1 and _binds(model, *batch) else "model(batch[0])"
+    return "model(batch.x, ...)" if not isinstance(batch, Tensor) else "model(batch, ...)"
 
 
 def _lazy_like(leaf: Any) -> Any:

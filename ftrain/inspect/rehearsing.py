@@ -13,6 +13,7 @@ from ..state import TrainState, check_state
 from ..steps.compile import CompiledStep
 from ..steps.wrap import check_level
 from ..types import Batch
+from .circumstances import with_circumstances
 from .fakes import Fakes, ReadsInOptimizer, reads_nothing
 from .live import LiveBytes
 from .operations import counter
@@ -73,6 +74,7 @@ def rehearse(step: Any, state: Any, batch: Batch, what: str) -> Rehearsed:
         ArgumentError: no step.
         StateError: no state.
         InspectError: the step reads a value.
+        Whatever the step raises, with a note that says where, and what the batch was like.
     """
     check_level(step, "step", what)
     check_state(state, what)
@@ -83,10 +85,14 @@ def rehearse(step: Any, state: Any, batch: Batch, what: str) -> Rehearsed:
             )
     fn = plain(step)
     try:
-        return _run(fn, state, batch, what, numbers=False)
-    except ReadsInOptimizer:
-        # An optimizer of torch counts on the host; those numbers are known where the state is real.
-        return _run(fn, state, batch, what, numbers=True)
+        try:
+            return _run(fn, state, batch, what, numbers=False)
+        except ReadsInOptimizer:
+            # An optimizer of torch counts on the host; those numbers are known where the state is real.
+            return _run(fn, state, batch, what, numbers=True)
+    except Exception as error:
+        with_circumstances(error, batch, what)
+        raise
 
 
 def _run(step: StepFn, state: TrainState, batch: Batch, what: str, numbers: bool) -> Rehearsed:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import tree
-from ..errors import ArgumentError, ModelError, StructureError, explain
+from ..data.checks import integer
+from ..errors import ArgumentError, LimitError, ModelError, StructureError, explain
 from ..state import TrainState, check_state
 from ..types import Batch
 from .forwards import Call, forward
@@ -164,6 +165,8 @@ def summary(
     Raises:
         StructureError: the state belongs to another model.
         ModelError: no module.
+        LimitError: a depth below 0.
+        ArgumentError: `forward` does not take the batch as it is: say with `fn=` how the model is called.
         InspectError: the model reads a value in its forward pass.
 
     >>> import torch, ftrain as ft
@@ -230,8 +233,7 @@ def _check(state: Any, model: Any, depth: Any, fn: Any, batch: Any) -> None:
                 fix="ft.summary(state, model, batch)   # or ft.summary(None, model) where there is no state",
             )
         )
-    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
-        raise ArgumentError(explain(f"ft.summary: depth={depth!r} makes no sense.", expected="an integer >= 0"))
+    integer(depth, "ft.summary", "depth", least=0, kind=LimitError, fix="ft.summary(state, model, depth=2)")
     if fn is not None and (not callable(fn) or batch is None):
         raise ArgumentError(
             explain(

@@ -25,6 +25,7 @@ from ..data.checks import integer, one_of
 from ..data.node import At
 from ..errors import ArgumentError, BatchError, LimitError, explain
 from ..loops.evaluate import Compile, check_step_fn
+from ..loops.failing import annotate
 from ..state import TrainState, check_state
 from ..steps.bind import batch_size
 from ..steps.compile import CompiledStep
@@ -35,6 +36,7 @@ from .peak import peak
 __all__ = ["BatchSizeFound", "Trial", "find_batch_size"]
 
 Mode = Literal["power", "bisect"]
+_DEFAULTS = {"start": 2, "multiple": 1, "steps": 3}
 MOST = 1 << 24  # where nothing else ends the search: a size that costs no memory
 
 
@@ -137,7 +139,9 @@ def find_batch_size(
         A `BatchSizeFound`: `.size`, and the table of all `.trials`.
 
     Raises:
-        BatchError: not even the smallest size fits, or a batch has another number of samples than was asked for.
+        BatchError: not even the smallest size fits (nor the smallest that the step takes, where it fails with fewer samples for a
+            reason of its own), or a batch has another number of samples than was asked for.
+        Whatever the step raises with the first size, with a note that says which one that is.
         LimitError, ArgumentError, DataError: arguments that make no sense, or a CPU without `memory`.
 
     >>> import torch, ftrain as ft
@@ -152,7 +156,7 @@ def find_batch_size(
     check_state(state, "ft.find_batch_size")
     check_step_fn(step, "ft.find_batch_size")
     _check(start=start, limit=limit, multiple=multiple, steps=steps, margin=margin)
-    one_of(mode, Mode, "ft.find_batch_size", "mode")
+    one_of(mode, Mode, "ft.find_batch_size", "mode", kind=LimitError)
     _check_memory(memory, state.device)
     first = -(-start // multiple) * multiple
     most = MOST if limit is None else limit
@@ -170,9 +174,12 @@ def find_batch_size(
     search = _Search(state, step, _maker(data), steps=steps, memory=memory, how=(compile, backend))
     counters = state.counters()
     with rng.Isolated(rng.fold_in_host(counters.seed, counters.step, 0xBA7C)):
-        largest, limited = _search(search.fits, first, most, multiple, mode)
+        try:
+            largest, limited = _search(search.fits, first, most, multiple, mode)
+        except _Refused:  # by all sizes below those that do not fit
+            largest, limited = None, "memory"
     if largest is None:
-        raise BatchError(_nothing(search.trials[-1], memory))
+        raise BatchError(_nothing(search.trials[-1], memory, search.refused)) from search.refused
     size = max(multiple, int(largest * (1 - margin)) // multiple * multiple)
     return BatchSizeFound(size, largest, tuple(search.trials), memory, limited)
 
@@ -198,8 +205,17 @@ def _search(fits: Callable[[int], bool], first: int, most: int, multiple: int, m
     return good or None, "memory"
 
 
+class _Refused(Exception):
+    """The step fails with so few samples, for another reason than memory, and with more of them memory does not suffice."""
+
+
 class _Search:
-    """The trials of a search."""
+    """The trials of a search.
+
+    Attributes:
+        trials: those so far in which the step worked, or memory ran out.
+        refused: the error of a step that does not work with so few samples, where memory did not suffice for more.
+    """
 
     def __init__(
         self,
@@ -213,6 +229,7 @@ class _Search:
     ) -> None:
         self.state, self.step, self.make, self.steps, self.memory, self.how = state, step, make, steps, memory, how
         self.trials: list[Trial] = []
+        self.refused: Exception | None = None
 
     def fits(self, size: int) -> bool:
         """Try a size."""
@@ -229,7 +246,12 @@ class _Search:
             return peak(lambda: self._steps(size), self.state.device), None
         except Exception as error:
             if not is_out_of_memory(error):
-                raise
+                annotate(error, f"ftrain: raised in ft.find_batch_size, by the trial of {_samples(size)}")
+                if not self.trials or any(one.fits for one in self.trials):
+                    raise
+                # What matters is that more samples did not fit: a batch norm that wants two of them would hide that.
+                self.refused = error
+                raise _Refused from error
             text = str(error).strip().partition("\n")[0]
             free(error)
             return None, text
@@ -279,9 +301,9 @@ def _maker(data: Any) -> Callable[[int], Any]:
 
 def _check(*, start: int, limit: int | None, multiple: int, steps: int, margin: float) -> None:
     for name, value in (("start", start), ("multiple", multiple), ("steps", steps)):
-        integer(value, "ft.find_batch_size", name, least=1)
+        integer(value, "ft.find_batch_size", name, least=1, kind=LimitError, fix=f"{name}={_DEFAULTS[name]}")
     if limit is not None:
-        integer(limit, "ft.find_batch_size", "limit", least=1)
+        integer(limit, "ft.find_batch_size", "limit", least=1, kind=LimitError, fix="limit=1024")
     if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < 1:
         raise LimitError(
             explain(
@@ -295,7 +317,7 @@ def _check(*, start: int, limit: int | None, multiple: int, steps: int, margin: 
 
 def _check_memory(memory: int | None, device: torch.device) -> None:
     if memory is not None:
-        integer(memory, "ft.find_batch_size", "memory", least=1)
+        integer(memory, "ft.find_batch_size", "memory", least=1, kind=LimitError, fix="memory=4 * 2**30   # 4 GiB")
     elif device.type != "cuda":
         raise ArgumentError(
             explain(
@@ -319,15 +341,26 @@ def _check_rows(step: Any, n: int) -> None:
         raise
 
 
-def _nothing(last: Trial, memory: int | None) -> str:
+def _samples(n: int) -> str:
+    return f"{n} sample{'s' if n > 1 else ''}"
+
+
+def _nothing(last: Trial, memory: int | None, refused: Exception | None) -> str:
+    """The error's text: what the smallest trial took, and why there was no smaller one."""
+    cause = None
+    if refused is not None:
+        said = str(refused).strip().partition("\n")[0]
+        cause = f"the step works with no smaller one: {type(refused).__name__}: {said}"
     return explain(
         "ft.find_batch_size: not even the smallest batch fits into memory.",
-        where=f"{last.size} sample{'s' if last.size > 1 else ''}",
+        where=_samples(last.size),
         expected="enough for a copy of the state, the batch and the step"
         if memory is None
         else f"at most {memory} bytes ({_bytes(memory)})",
         got=last.error if last.peak is None else f"{last.peak} bytes ({_bytes(last.peak)})",
-        fix='ft.train_step(..., remat="blocks.*", precision="bf16-mixed")   # needs less',
+        cause=cause,
+        fix='ft.train_step(..., remat="blocks.*", precision="bf16-mixed")   # needs less'
+        + ("" if memory is None or last.peak is None else f"; or memory={last.peak}, and more"),
     )
 
 

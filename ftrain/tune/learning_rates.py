@@ -102,8 +102,9 @@ class LrCurve:
         >>> 1e-3 < ft.tune.LrCurve(rates, losses, losses, 0.0, "exponential", False).suggestion() < 1e-1
         True
         """
-        integer(skip_start, "LrCurve.suggestion", "skip_start", least=0)
-        integer(skip_end, "LrCurve.suggestion", "skip_end", least=0)
+        for name, value in (("skip_start", skip_start), ("skip_end", skip_end)):
+            fix = f"curve.suggestion({name}=1)"
+            integer(value, "LrCurve.suggestion", name, least=0, kind=LimitError, fix=fix)
         weights = 1.0 - self.smooth ** np.arange(1, len(self) + 1)
         columns = [one[skip_start : len(self) - skip_end] for one in (self.rates, self.smoothed, weights)]
         rates, losses, weights = (one[np.isfinite(columns[1])] for one in columns)
@@ -369,13 +370,16 @@ class _Curve:
 
 
 def _rates(min_lr: float, max_lr: float, steps: int, mode: Mode) -> Array:
-    one_of(mode, Mode, "ft.lr_find", "mode")
-    integer(steps, "ft.lr_find", "steps", least=2)
+    one_of(mode, Mode, "ft.lr_find", "mode", kind=LimitError)
+    integer(steps, "ft.lr_find", "steps", least=2, kind=LimitError, fix="ft.lr_find(state, step, data, steps=100)")
     for name, value in (("min_lr", min_lr), ("max_lr", max_lr)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ArgumentError(
                 explain(
-                    f"ft.lr_find: {name}={value!r} is no learning rate.", expected="a finite number", got=repr(value)
+                    f"ft.lr_find: {name}={value!r} is no learning rate.",
+                    expected="a finite number",
+                    got=repr(value),
+                    fix="ft.lr_find(state, step, data, min_lr=1e-8, max_lr=1.0)",
                 )
             )
     if not 0 < min_lr < max_lr:
@@ -395,7 +399,12 @@ def _rates(min_lr: float, max_lr: float, steps: int, mode: Mode) -> Array:
 def _check(smooth: float, stop_factor: float | None) -> None:
     if isinstance(smooth, bool) or not isinstance(smooth, (int, float)) or not 0 <= smooth < 1:
         raise LimitError(
-            explain("ft.lr_find: smooth is the weight of the past.", expected="0 <= smooth < 1", got=repr(smooth))
+            explain(
+                "ft.lr_find: smooth is the weight of the past.",
+                expected="0 <= smooth < 1",
+                got=repr(smooth),
+                fix="smooth=0.98",
+            )
         )
     good = stop_factor is None or (
         not isinstance(stop_factor, bool) and isinstance(stop_factor, (int, float)) and stop_factor > 1

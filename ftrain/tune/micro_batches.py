@@ -58,7 +58,7 @@ def auto_accumulate(make_step: Callable[[int], Step], *, start: int = 1, limit: 
 
     Raises:
         ArgumentError: `make_step` is no function, or gives no step.
-        LimitError: `start` is larger than `limit`.
+        LimitError: `start` is larger than `limit`, or one is below 1.
         torch.OutOfMemoryError (when called), or what torch raised: there is no larger k.
 
     >>> import torch, warnings, ftrain as ft
@@ -85,9 +85,10 @@ def auto_accumulate(make_step: Callable[[int], Step], *, start: int = 1, limit: 
                 fix="ft.auto_accumulate(lambda k: ft.train_step(model, loss_fn, tx, accumulate=k))",
             )
         )
-    integer(start, "ft.auto_accumulate", "start", least=1)
+    fix = "ft.auto_accumulate(make_step, start=1, limit=16)"
+    integer(start, "ft.auto_accumulate", "start", least=1, kind=LimitError, fix=fix)
     if limit is not None:
-        integer(limit, "ft.auto_accumulate", "limit", least=1)
+        integer(limit, "ft.auto_accumulate", "limit", least=1, kind=LimitError, fix=fix)
         if limit < start:
             raise LimitError(
                 explain(

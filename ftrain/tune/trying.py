@@ -40,7 +40,7 @@ from ..data.checks import integer
 from ..data.reader import Place
 from ..data.spans import LISTENER
 from ..data.window import ungrouped
-from ..errors import ArgumentError, CheckpointError, explain
+from ..errors import ArgumentError, CheckpointError, LimitError, explain
 from ..loops import Evaluator, Hook, Result, fit
 from ..loops.arguments import check_arguments
 from ..loops.cadences import Cadence
@@ -114,6 +114,7 @@ def dry_run(
         A `DryRun`: metrics, seconds by part, what hooks heard, the size of a checkpoint.
 
     Raises:
+        LimitError: `n` is below 1.
         ArgumentError: an argument that `fit` does not have, or a `checkpoint=` that is no `ft.Checkpoints`.
         CheckpointError: what was restored differs from what was saved.
         Whatever `fit` raises, with a note that says in which part it happened.
@@ -128,16 +129,17 @@ def dry_run(
     (2, ['train', 'val'], {'<lambda>': ('start', 'step', 'step', 'epoch', 'evaluation', 'end')})
     """
     check_state(state, "ft.dry_run")
-    integer(n, "ft.dry_run", "n", least=1)
+    integer(n, "ft.dry_run", "n", least=1, kind=LimitError, fix="ft.dry_run(state, step, data, n=2)")
     known = [name for name, one in inspect.signature(fit).parameters.items() if one.kind is one.KEYWORD_ONLY]
     for name in arguments:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise ArgumentError(
                 explain(
                     f"ft.dry_run: ft.fit has no argument {name!r}.",
                     expected=f"one of: {', '.join(known)}",
-                    fix=f"{near[0]}=..." if near else None,
+                    got=f"{name}={_short(arguments[name])}",
+                    fix=f"ft.dry_run(state, step, data, {near}=...)   # the nearest name",
                 )
             )
     watch = _Watch()
@@ -181,6 +183,11 @@ def dry_run(
     steps = result.state.counters().step - state.counters().step
     heard = {name: tuple(kinds) for name, kinds in watch.heard.items()}
     return DryRun(steps, result.reason, metrics, {**seconds, "restore": restored}, heard, size)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @dataclass
