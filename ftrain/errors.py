@@ -31,6 +31,7 @@ __all__ = [
     "PrecisionError",
     "ProfileWarning",
     "RecompileWarning",
+    "ReplayWarning",
     "RestoreError",
     "RestoreWarning",
     "StateError",
@@ -138,6 +139,10 @@ class DeterminismWarning(UserWarning):
 
 class ProfileWarning(UserWarning):
     """What was to be profiled did not happen, or only in part."""
+
+
+class ReplayWarning(UserWarning):
+    """A step that was done again gave another loss than the run recorded, or that could not be seen."""
 
 
 class HookWarning(UserWarning):

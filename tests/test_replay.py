@@ -1,12 +1,14 @@
 """`ft.replay`: a step of a run, done again from the nearest checkpoint, to the last bit."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import ftrain as ft
-from ftrain.errors import ArgumentError, CheckpointError, LimitError, RestoreError
+from ftrain.errors import ArgumentError, CheckpointError, LimitError, ReplayWarning, RestoreError
 from ftrain.optim import apply_updates
 from ftrain.steps.watching import watching
 
@@ -119,6 +121,7 @@ def test_a_step_is_done_again_bit_by_bit(original, at):
     same(found.state_after, after[at])
     assert found.state_after.counters().step == at
     assert float(found.metrics["loss"].compute()) == pytest.approx(loss_at(result, at), rel=1e-7)
+    assert (found.recorded, found.agrees) == (loss_at(result, at), True)
     assert {"loss", "accuracy", "lr", "grad_norm"} <= set(found.metrics)
     assert STATE.counters().step == 0
 
@@ -147,7 +150,9 @@ def test_the_hooks_matter(original):
     with pytest.raises(RestoreError, match=r"(?s)the checkpoint is of another run.*tremble") as caught:
         ft.replay(folder, 11, STATE, STEP, DATA, **common(hooks=[]))
     assert "step 7" in str(caught.value)
-    quiet = ft.replay(folder, 11, STATE, STEP, DATA, **common(evals={}))  # no evaluation at step 8
+    with pytest.warns(ReplayWarning, match=r"(?s)step 11 does not come out as it was recorded.*hooks or evaluators"):
+        quiet = ft.replay(folder, 11, STATE, STEP, DATA, **common(evals={}))  # no evaluation at step 8
+    assert quiet.agrees is False
     assert not torch.equal(quiet.state_after.params["a.weight"], after[11].params["a.weight"])
 
 
@@ -344,16 +349,167 @@ def test_an_error_in_the_step_comes_through(original):
 
 def test_no_checkpoint_before_the_step(original, tmp_path):
     folder, *_ = original
+    late = ft.restore(folder, like=ft.replay(folder, 8, STATE, STEP, DATA, **common()).state_before)
     with pytest.raises(
-        CheckpointError, match=r"(?s)no checkpoint before step 7.*below 7.*steps 7, 14, 21, 24"
+        CheckpointError,
+        match=r"(?s)no checkpoint before step 7.*below 7, or the state.*steps 7, 14, 21, 24, and a state that has taken 24",
     ) as caught:
-        ft.replay(folder, 7, STATE, STEP, DATA, **common())
+        ft.replay(folder, 7, late, STEP, DATA, **common())
     assert "ft.at(0)" in str(caught.value)
     with pytest.raises(CheckpointError, match="there are no checkpoints"):
         ft.replay(tmp_path, 7, STATE, STEP, DATA, **common())
     ft.save(tmp_path / "by hand", STATE)
     with pytest.raises(CheckpointError, match=r"(?s)no checkpoint before step 7.*states that ft.save put there"):
         ft.replay(tmp_path / "by hand", 7, STATE, STEP, DATA, **common())
+
+
+@pytest.mark.parametrize("at", [1, 4, 5, 7])
+def test_a_step_before_the_first_checkpoint_begins_with_the_state(original, at):
+    folder, result, before, after = original
+    files = listing(folder)
+    kept = STATE.copy()
+    found = ft.replay(folder, at, STATE, STEP, DATA, **common())
+    assert listing(folder) == files
+    same(STATE, kept)
+    assert found.checkpoint is None
+    same(found.state_before, before[at][0])
+    same(found.batch, before[at][1])
+    same(found.state_after, after[at])
+    assert (found.recorded, found.agrees) == (loss_at(result, at), True)
+    assert repr(found).startswith(f"Replay(step={at}, from the state that was passed)")
+    assert f"recorded   loss={loss_at(result, at):.6g}, the same" in repr(found)
+
+
+def test_before_the_first_checkpoint_it_is_the_same_run_that_is_asked_for(original):
+    folder, *_ = original
+    with pytest.raises(RestoreError, match="seed: 3 in the checkpoint, 4 now"):
+        ft.replay(folder, 5, ft.init(MODEL, TX, seed=4), STEP, DATA, **common())
+    with pytest.raises(RestoreError, match="data batch_size: 8 in the checkpoint, 4 now"):
+        ft.replay(folder, 5, STATE, STEP, DATA, **common(batch_size=4))
+    later = ft.replay(folder, 2, STATE, STEP, DATA, **common()).state_after
+    with pytest.raises(RestoreError, match=r"(?s)not the state with which the run began.*taken 0 steps.*taken 2"):
+        ft.replay(folder, 5, later, STEP, DATA, **common())
+    with pytest.raises(LimitError, match=r"(?s)the run ends before step 7.*a step up to 3"):
+        ft.replay(folder, 7, STATE, STEP, DATA, steps=3, **common())
+
+
+def test_a_damaged_later_checkpoint_does_not_matter_to_the_first_steps(tmp_path):
+    _, _, after = run(tmp_path, hooks=[], evals={})
+    for file in (tmp_path / "7").rglob("*"):
+        if file.is_file() and "/d/" in str(file):
+            file.write_bytes(b"\0" * file.stat().st_size)
+    found = ft.replay(tmp_path, 5, STATE, STEP, DATA, **common(hooks=[], evals={}))
+    same(found.state_after, after[5])
+
+
+def test_a_run_whose_first_state_had_taken_steps(tmp_path):
+    model, tx = nn.Linear(6, 3), ft.optim.sgd(0.1)
+    step = ft.train_step(model, lambda model, batch: F.cross_entropy(model(batch["x"]), batch["y"]), tx)
+    more = {"batch_size": 8, "compile": False}
+    first = ft.fit(ft.init(model, tx, seed=3), step, DATA, steps=7, progress=False, **more).state  # all of an epoch
+    kept = {}
+
+    def keep(state, event):
+        kept[event.step] = state.copy()
+        return state
+
+    ckpt = ft.Checkpoints(tmp_path, every=ft.every(steps=4), keep=None)
+    log = {"log": ft.every(steps=1), "progress": False}
+    ft.fit(first, step, DATA, steps=6, checkpoint=ckpt, hooks=[ft.on(ft.every(steps=1), keep)], **log, **more)
+    for at in (8, 9):
+        found = ft.replay(tmp_path, at, first, step, DATA, **more)
+        assert (found.checkpoint, found.agrees) == (None, True)
+        same(found.state_after, kept[at])
+
+
+# -- the records --------------------------------------------------------------------------------------------------------------
+
+
+def test_other_data_is_noticed(original):
+    folder, result, *_ = original
+    other = {"x": X + 1e-3, "y": Y}
+    with pytest.warns(ReplayWarning) as caught:
+        found = ft.replay(folder, 8, STATE, STEP, other, **common())
+    (one,) = caught
+    assert one.filename == __file__
+    now = float(found.metrics["loss"].compute())
+    text = str(one.message)
+    assert text.startswith("ft.replay: step 8 does not come out as it was recorded.")
+    assert f"expected: loss {loss_at(result, 8)!r}" in text
+    assert f"{now:.6g}"[:6] in text.partition("got:")[2]
+    for cause in ("other data", "compile= or backend=", "a hook that goes by the clock"):
+        assert cause in text
+    assert "another first state" not in text
+    assert (found.recorded, found.agrees) == (loss_at(result, 8), False)
+    assert "another one than here" in repr(found)
+
+
+def test_another_first_state_is_noticed(original):
+    folder, *_ = original
+    other = STATE.replace(params={name: p * 1.01 for name, p in STATE.params.items()})
+    with pytest.warns(ReplayWarning, match=r"(?s)step 3 does not.*another first state"):
+        assert ft.replay(folder, 3, other, STEP, DATA, **common()).agrees is False
+
+
+def test_records_of_several_steps_and_of_none_are_not_compared(tmp_path):
+    ckpt = ft.Checkpoints(tmp_path, every=ft.every(steps=4), keep=None)
+    more = common(hooks=[], evals={})
+    ft.fit(STATE, STEP, DATA, steps=12, log=ft.every(steps=3), checkpoint=ckpt, progress=False, **more)
+    # The records are of steps 1-3, 4-6, 7 alone (the end of an epoch), 8-9, and 10-12.
+    found = {at: ft.replay(tmp_path, at, STATE, STEP, DATA, **more) for at in (1, 3, 5, 6, 7, 9, 12, 14)}
+    assert {at: one.agrees for at, one in found.items()} == dict.fromkeys((1, 3, 5, 6, 9, 12, 14)) | {7: True}
+    assert [one.recorded for at, one in found.items() if at != 7] == [None] * 7
+    assert "recorded   no loss of this step alone, so nothing was compared" in repr(found[5])
+
+
+def test_a_first_record_of_one_step_is_compared_and_nan_is_nan(tmp_path):
+    def loss(model, batch):
+        return model(batch["x"]).mean() * torch.where(batch["y"].sum() >= 0, math.nan, 1.0)
+
+    first = ft.train_step(MODEL, loss_fn, TX)
+    nan = ft.train_step(MODEL, loss, TX)
+
+    def step(state, batch):
+        return (first if int(state.step) == 0 else nan)(state, batch)
+
+    more = common(hooks=[], evals={})
+    ckpt = ft.Checkpoints(tmp_path, every=ft.every(steps=4), keep=None)
+    ft.fit(STATE, step, DATA, steps=4, log=ft.every(steps=1), checkpoint=ckpt, progress=False, **more)
+    assert ft.replay(tmp_path, 1, STATE, step, DATA, **more).agrees is True
+    found = ft.replay(tmp_path, 2, STATE, step, DATA, **more)
+    assert math.isnan(found.recorded)
+    assert found.agrees is True
+
+
+def test_steps_that_were_done_twice_are_not_compared(tmp_path):
+    """A hook went back: which of the two a record is of cannot be told."""
+    kept = {}
+
+    def back(state, event):
+        if event.step == 2:
+            kept["state"] = state.copy()
+        if event.step == 5 and "back" not in kept:
+            kept["back"] = True
+            return kept["state"].copy()
+        return state
+
+    more = common(hooks=[], evals={})
+    ckpt = ft.Checkpoints(tmp_path, every=ft.every(steps=100), keep=None)
+    hooks = [ft.on(ft.every(steps=1), back)]
+    ft.fit(
+        STATE, STEP, DATA, steps=6, log=ft.every(steps=1), checkpoint=ckpt, progress=False, **{**more, "hooks": hooks}
+    )
+    found = [ft.replay(tmp_path, at, STATE, STEP, DATA, **more) for at in (2, 4)]
+    assert [one.agrees for one in found] == [True, None]
+
+
+def test_records_that_cannot_be_read_are_said(tmp_path):
+    _, _, after = run(tmp_path, hooks=[], evals={})
+    (tmp_path / "history.jsonl").write_text("{")
+    with pytest.warns(ReplayWarning, match=r"(?s)the loss of step 5 was compared with nothing.*records.*history"):
+        found = ft.replay(tmp_path, 5, STATE, STEP, DATA, **common(hooks=[], evals={}))
+    same(found.state_after, after[5])
+    assert (found.recorded, found.agrees) == (None, None)
 
 
 def test_the_first_steps_with_a_checkpoint_before_them(tmp_path):

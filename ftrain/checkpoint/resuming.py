@@ -13,7 +13,7 @@ from .journal import Journal
 if TYPE_CHECKING:
     from .store import Store
 
-__all__ = ["damaged", "read_run"]
+__all__ = ["check_run", "damaged", "read_run"]
 
 
 def read_run(
@@ -31,6 +31,23 @@ def read_run(
     Raises:
         RestoreError: the checkpoint holds no run, or one of another kind; the differences are listed.
         CheckpointError: it is damaged.
+    """
+    check_run(store, step, like, about)
+    run = store.document(step)["run"]
+    try:
+        (state, _), plain = store.load(step, like), store.plain(step)
+    except CheckpointError as error:
+        raise damaged(store, step, store.saved, str(error)) from error
+    records = journal.read(run["journal"])
+    return Snapshot(state, Position.of(plain["position"]), plain["notes"], records, run["ended"]), run["journal"]
+
+
+def check_run(store: Store, step: int, like: TrainState, about: Mapping[str, Any]) -> None:
+    """Raise unless a checkpoint is of the run that is to go on. Arguments as for `read_run`.
+
+    Raises:
+        RestoreError: the checkpoint holds no run, or one of another kind; the differences are listed.
+        CheckpointError: its record is damaged.
     """
     document = store.document(step)
     run = document.get("run")
@@ -69,12 +86,6 @@ def read_run(
                 fix="ft.Checkpoints(other_path)   # begin a new run, from ft.restore(path, like=..., strict=False) perhaps",
             )
         )
-    try:
-        (state, _), plain = store.load(step, like), store.plain(step)
-    except CheckpointError as error:
-        raise damaged(store, step, store.saved, str(error)) from error
-    records = journal.read(run["journal"])
-    return Snapshot(state, Position.of(plain["position"]), plain["notes"], records, run["ended"]), run["journal"]
 
 
 def damaged(store: Store, step: int, saved: Sequence[int], cause: str) -> CheckpointError:

@@ -3,6 +3,7 @@
 Laws
 ----
 - The state after a replayed step is, bit by bit, the one that the run had after it, and the metrics are those of the run.
+- Where the run recorded the loss of this very step, the two are compared, and a difference is said.
 - Nothing is written to the run's folder, and the state that is passed stays as it is.
 """
 
@@ -10,9 +11,9 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +21,11 @@ from torch import Tensor
 
 from .. import rng, tree
 from ..checkpoint.checkpoints import Checkpoints
-from ..checkpoint.journal import Journal
-from ..checkpoint.resuming import read_run
-from ..errors import ArgumentError, CheckpointError, CompileError, LimitError, explain
-from ..loops.cadences import Cadence, Clock, Moment
+from ..errors import ArgumentError, CheckpointError, CompileError, LimitError, ReplayWarning, explain
+from ..loops.cadences import Cadence
 from ..loops.evaluate import Compile, Evaluator, prepare
 from ..loops.fit import fit
-from ..loops.snapshot import Snapshot
+from ..loops.meter import Meter
 from ..metrics import Metric
 from ..state import TrainState, check_state
 from ..steps.compile import CompiledStep
@@ -34,6 +33,7 @@ from ..steps.train import TrainStep
 from ..steps.update import Update
 from ..steps.watching import watching
 from ..types import Batch, Metrics, Params
+from .beginning import Beginning, Never
 
 __all__ = ["Replay", "replay"]
 
@@ -44,13 +44,16 @@ class Replay:
 
     Attributes:
         step: its number: what `state_after.step` is.
-        checkpoint: the step of the checkpoint from which it was come to.
+        checkpoint: the step of the checkpoint from which it was come to; None: from the state that was passed.
         state_before: the state that the step was given.
         batch: the batch that it was given, on the state's device.
         state_after: the state that it gave; hooks were not called on it yet.
         metrics: the metrics that it gave, by name.
         gradients: the gradient of the loss that the optimizer got, by parameter; None where there is none, see `note`.
         note: why there are no gradients, or None.
+        recorded: the loss that the run recorded of this step; None where its records do not tell (they are means of several steps,
+            or end before it).
+        agrees: whether the loss is the recorded one, to the last bit; None where none was recorded.
 
     >>> import ftrain as ft
     >>> "gradients" in ft.inspect.Replay.__dataclass_fields__
@@ -58,20 +61,28 @@ class Replay:
     """
 
     step: int
-    checkpoint: int
+    checkpoint: int | None
     state_before: TrainState
     batch: Batch
     state_after: TrainState
     metrics: Metrics
     gradients: Params | None
     note: str | None = None
+    recorded: float | None = None
+    agrees: bool | None = None
 
     def __repr__(self) -> str:
-        lines = [f"Replay(step={self.step}, from the checkpoint of step {self.checkpoint})"]
+        start = "state that was passed" if self.checkpoint is None else f"checkpoint of step {self.checkpoint}"
+        lines = [f"Replay(step={self.step}, from the {start})"]
         lines += [f"  batch      {path}: {tree.describe(leaf)}" for path, leaf in tree.items(self.batch, "batch")][:8]
         numbers = ((name, _number(metric)) for name, metric in self.metrics.items())
         shown = [f"{name}={value:.6g}" for name, value in numbers if value is not None]
         lines.append(f"  metrics    {', '.join(shown) or 'none'}")
+        if self.agrees is None:
+            lines.append("  recorded   no loss of this step alone, so nothing was compared")
+        else:
+            said = "the same" if self.agrees else "another one than here"
+            lines.append(f"  recorded   loss={self.recorded:.6g}, {said}")
         if self.gradients is None:
             lines.append(f"  gradients  none: {self.note}")
         else:
@@ -101,6 +112,9 @@ def replay(
 ) -> Replay:
     """Do one step of a run again: from the nearest checkpoint before it, through the steps in between, to the last bit.
 
+    Where no checkpoint lies before it, the run is done again from its first state, which is the one that is passed. Where the run
+    recorded the loss of this very step (`log=ft.every(steps=1)`, and a checkpoint after it), the two losses are compared.
+
     Pass what was passed to `fit`, as for going on with the run. Hooks and evaluators are needed where they change the state, or
     have a memory in it; they are called again, and those with effects have them again. Sinks are not called, and nothing is written
     to the folder, in which the run may be going on meanwhile. Where a hook went by the time of day, the steps after it may differ; where
@@ -109,7 +123,7 @@ def replay(
     Args:
         checkpoints: the folder of the run's checkpoints, or the `ft.Checkpoints` that it was given.
         at: which step, as `state.step` counts: the one after which it is `at`.
-        state: as given to `fit`; only its form and seed are looked at.
+        state: as given to `fit`; only its form and seed are looked at, unless no checkpoint lies before the step.
         step: as given to `fit`.
         data: as given to `fit`.
         epochs: limit of the run, as the next two; with none of them, also a step after its end can be tried.
@@ -128,9 +142,13 @@ def replay(
         A `Replay`. It takes the memory of three states, and of one gradient.
 
     Raises:
-        CheckpointError: there is no checkpoint before the step, or it is damaged.
-        RestoreError: the checkpoint is of another model, optimizer, seed or data; the differences are listed.
+        CheckpointError: neither a checkpoint nor the state that is passed lies before the step, or the checkpoint is damaged.
+        RestoreError: the checkpoint is of another model, optimizer, seed or data (the differences are listed), or the state is not
+            the one with which the run began.
         LimitError: the run ends before this step, or `at` is no step.
+
+    Warns:
+        ReplayWarning: the loss is not the one that the run recorded, or its records cannot be read.
 
     >>> import tempfile, torch, ftrain as ft
     >>> model, tx = torch.nn.Linear(2, 1), ft.optim.adam(0.1)
@@ -144,8 +162,8 @@ def replay(
     ...     found = ft.replay(folder, 4, state, step, data, batch_size=4, compile=False)
     >>> found.checkpoint, found.state_before.step, found.batch.shape, sorted(found.gradients)
     (2, tensor(3), torch.Size([4, 2]), ['bias', 'weight'])
-    >>> float(found.metrics["loss"].compute()) == float(result.history["loss"][3])
-    True
+    >>> float(found.metrics["loss"].compute()) == found.recorded == float(result.history["loss"][3]), found.agrees
+    (True, True)
     """
     check_state(state, "ft.replay")
     path = _path(checkpoints)
@@ -154,10 +172,18 @@ def replay(
             explain(f"ft.replay: at={at!r} is no step.", expected="an integer >= 1, as state.step counts", got=repr(at))
         )
     compiled = prepare(step, compile, donate=True, backend=backend, what="ft.replay")
-    place = _Reading(path, at)
+    place = Beginning(path, at, state.counters().step)
+    first = True
 
     def watcher(called: Any, state: TrainState, batch: Batch) -> Any:
-        if called is not compiled or state.counters().step != at - 1:
+        nonlocal first
+        if called is not compiled:
+            return called(state, batch)
+        step = state.counters().step
+        if first:  # hooks at the start may have set the count
+            place.check_first(step)
+            first = False
+        if step != at - 1:
             return called(state, batch)
         before, given = state.copy(), tree.map(torch.clone, batch)
         raise _Reached(before, given, *called(state, batch))
@@ -171,7 +197,7 @@ def replay(
                 data,
                 epochs=epochs,
                 steps=steps,
-                until=until if limited else _Never(),
+                until=until if limited else Never(),
                 at_least=at_least,
                 batch_size=batch_size,
                 shuffle=shuffle,
@@ -192,12 +218,15 @@ def replay(
         raise LimitError(
             explain(
                 f"ft.replay: the run ends before step {at}.",
-                expected=f"a step after {place.step}, the nearest checkpoint, and not after {end}",
+                expected=f"a step up to {end}"
+                if place.step is None
+                else f"a step after {place.step}, the nearest checkpoint, and not after {end}",
                 got=f"its end after step {end}: {result.reason}",
             )
         )
     gradients, note = _gradients(compiled, before, given, metrics)
-    return Replay(at, place.step, before, given, after, metrics, gradients, note)
+    recorded, agrees = _compared(place, at, metrics)
+    return Replay(at, place.step, before, given, after, metrics, gradients, note, recorded, agrees)
 
 
 class _Reached(Exception):
@@ -206,92 +235,6 @@ class _Reached(Exception):
     def __init__(self, before: TrainState, batch: Batch, after: TrainState, metrics: Metrics) -> None:
         super().__init__("ft.replay has what it wants, and ends this run here.")
         self.found = before, batch, after, {name: metrics[name] for name in metrics}
-
-
-class _Never(Cadence):
-    """The cadence of what does not happen."""
-
-    def fires(self, before: Clock | None, now: Clock) -> bool:
-        return False
-
-    def moments(self, now: Clock) -> list[Moment]:
-        return []
-
-    def __repr__(self) -> str:
-        return "never"
-
-
-class _Reading:
-    """A checkpointer that hands out the nearest checkpoint before a step, and keeps nothing. See `ftrain.types.Saver`."""
-
-    on_exception = on_signal = False
-
-    def __init__(self, path: str, at: int) -> None:
-        from ..checkpoint.store import Store
-
-        self.path, self.every = path, _Never()
-        self.found: Snapshot | None = None
-        with Store(path, write=False) as store:
-            saved = store.saved
-            runs = [step for step in saved if "run" in store.document(step)]
-            before = [step for step in runs if step < at]
-            if not saved:
-                raise store.nothing()
-            if not before:
-                raise CheckpointError(
-                    explain(
-                        f"ft.replay: there is no checkpoint before step {at}, from which it could be come to.",
-                        where=path,
-                        expected=f"the checkpoint of a run, of a step below {at}",
-                        got=f"checkpoints of steps {', '.join(map(str, runs))}"
-                        if runs
-                        else "states that ft.save put there",
-                        cause="the older ones were deleted" if runs else None,
-                        fix="ft.Checkpoints(path, every=ft.at(0) | ft.every(steps=100), keep=None)   # keeps all",
-                    )
-                )
-            self.step = before[-1]
-
-    def open(
-        self,
-        like: TrainState,
-        *,
-        resume: Any,
-        facts: Mapping[str, Any],
-        evaluators: Sequence[str],
-        optimizers: Sequence[str] = (),
-    ) -> _Reading:
-        from ..checkpoint.store import Store
-
-        about = {"data": dict(facts), "optimizers": list(optimizers)}
-        with Store(self.path, write=False) as store:
-            self.found, _ = read_run(store, Journal(Path(store.path) / "history.jsonl"), self.step, like, about)
-        return self
-
-    def save(self, snapshot: Snapshot, /) -> None:
-        """Nothing is written."""
-
-    def amend(self, snapshot: Snapshot, /) -> None:
-        """Nothing is written."""
-
-    def undo(self, step: int, /) -> None:
-        """Nothing is deleted."""
-
-    def check_metrics(self, evaluator: str, metrics: Mapping[str, Any], /) -> None:
-        """Nothing is kept, so nothing depends on a metric."""
-
-    def newest(self) -> int | None:
-        """None, that could be loaded for an exception."""
-        return None
-
-    def load(self, step: int, /) -> TrainState:
-        raise AssertionError("newest() is None")
-
-    def wait(self) -> None:
-        """Nothing is on its way."""
-
-    def close(self, cut: bool = False, /) -> None:
-        """Nothing is open."""
 
 
 def _path(checkpoints: object) -> str:
@@ -307,6 +250,50 @@ def _path(checkpoints: object) -> str:
             fix='ft.replay("run/ckpt", 123, state, step, data)',
         )
     )
+
+
+# -- the records ----------------------------------------------------------------------------------------------------------------
+
+
+def _compared(place: Beginning, at: int, metrics: Metrics) -> tuple[float | None, bool | None]:
+    """The loss that the run recorded of this step, and whether it is the replayed one; None where that cannot be told."""
+    try:
+        recorded = place.recorded(at)
+    except CheckpointError as error:
+        said = str(error).splitlines()
+        cause = "\n".join(line.strip() for line in said[1:] if line.strip().startswith(("where:", "got:")))
+        text = explain(f"ft.replay: the loss of step {at} was compared with nothing: {said[0]}", cause=cause or None)
+        warnings.warn(text, ReplayWarning, stacklevel=3)
+        return None, None
+    if recorded is None or "loss" not in metrics:
+        return None, None
+    meter = Meter()  # in which a record's numbers come into being, so that equal means equal to the last bit
+    meter.add({"loss": metrics["loss"]})
+    now = meter.fetch()["loss"]
+    if not isinstance(now, float):
+        return None, None
+    if now == recorded or (math.isnan(now) and math.isnan(recorded)):
+        return recorded, True
+    causes = [
+        "other data, or another step, model or hyper-parameter than in the run",
+        "other settings of compile= or backend=, another device, or another version of torch",
+        "hooks or evaluators that are missing here; a hook that goes by the clock, that goes back, or that tells a loss of its own",
+    ]
+    if place.step is None:
+        causes.append("another first state")
+    warnings.warn(
+        explain(
+            f"ft.replay: step {at} does not come out as it was recorded.",
+            where=place.path,
+            expected=f"loss {recorded!r}, as in the records of the run",
+            got=f"loss {now!r}",
+            cause="\n".join(causes),
+            fix="ft.replay(path, at, state, step, data, **config)   # what was given to ft.fit",
+        ),
+        ReplayWarning,
+        stacklevel=3,
+    )
+    return recorded, False
 
 
 # -- the gradient -------------------------------------------------------------------------------------------------------------
