@@ -56,7 +56,7 @@ def _visit(node: Any, label: str, hidden: frozenset[str], into: dict[str, Tensor
         for name, value in told.items():
             if name not in hidden:
                 into[_free(f"{name}{label}", into)] = value
-        hidden = hidden | told.keys()
+        hidden = hidden | frozenset(told)  # not told.keys(): dynamo of torch 2.11 cannot join it
     for child in node:
         if isinstance(child, (tuple, list, dict)):
             _visit(child, label, hidden, into)

@@ -236,7 +236,7 @@ class _Attempts:
                 break
             if "_donated_at" in state.__dict__:
                 assert backup is not None, "looked at above"
-                state = _back(backup, batch)
+                state = _back(backup)
             k = more
         self.auto.k, self.auto.rows = k, self.rows
         if k != first:
@@ -341,19 +341,21 @@ def _known(state: TrainState) -> int | None:
     return rows if rows > 0 else None
 
 
-def _on_host(state: TrainState) -> TrainState:
+def _on_host(state: TrainState) -> tuple[TrainState, list[torch.device]]:
+    """A copy in the memory of the host, and where each of its leaves was: some lie on the CPU anyway (of `ft.once`, say)."""
     copy: TrainState = tree.map(lambda leaf: leaf.to("cpu", copy=True), state)
     if state._host is not None:
         copy.__dict__["_host"] = state._host
-    return copy
+    return copy, [leaf.device for leaf in tree.leaves(state)]
 
 
-def _back(backup: TrainState, batch: Batch) -> TrainState:
+def _back(backup: tuple[TrainState, list[torch.device]]) -> TrainState:
     """The state again, where it was."""
-    device = next(leaf.device for leaf in tree.leaves(batch))
-    copy: TrainState = tree.map(lambda leaf: leaf.to(device, copy=True), backup)
-    if backup._host is not None:
-        copy.__dict__["_host"] = backup._host
+    kept, devices = backup
+    leaves = [leaf.to(device, copy=True) for leaf, device in zip(tree.leaves(kept), devices, strict=True)]
+    copy: TrainState = tree.unflatten(tree.structure(kept), leaves)
+    if kept._host is not None:
+        copy.__dict__["_host"] = kept._host
     return copy
 
 
