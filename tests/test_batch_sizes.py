@@ -263,6 +263,43 @@ def test_the_table():
     assert "ran out" in lines[-1]
 
 
+def normed():
+    torch.manual_seed(0)
+    model, tx = nn.Sequential(nn.Linear(WIDE, 8), nn.BatchNorm1d(8)), ft.optim.sgd(0.01)
+    return ft.init(model, tx, seed=1), ft.train_step(model, lambda model, batch: model(batch).square().mean(), tx)
+
+
+@pytest.mark.parametrize(("start", "mode"), [(8, "power"), (8, "bisect"), (2, "power")])
+def test_a_batch_norm_that_wants_two_samples_does_not_hide_that_memory_is_short(start, mode):
+    with pytest.raises(ft.errors.BatchError) as caught:
+        find(*normed(), start=start, mode=mode, memory=20_000)
+    text = str(caught.value)
+    assert text.startswith("ft.find_batch_size: not even the smallest batch fits into memory.\n  where:    2 samples")
+    assert "expected: at most 20000 bytes (19.5 KiB)" in text
+    took = int(text.partition("got:")[2].split()[0])
+    assert took == needed(*normed(), 2)
+    assert "cause:    the step works with no smaller one: ValueError: Expected more than 1 value per channel" in text
+    assert 'remat="blocks.*"' in text
+    assert f"or memory={took}, and more" in text
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_an_error_of_the_step_comes_through_where_memory_is_not_short():
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel") as caught:
+        find(*normed(), start=1)
+    assert "in ft.find_batch_size, by the trial of 1 sample" in caught.value.__notes__[-1]
+    state, _ = made()
+
+    def step(state, batch):
+        if len(batch) == 3:
+            raise ValueError("three")
+        return made(rows=3)[1](state, batch)
+
+    with pytest.raises(ValueError, match="three") as caught:  # 2 fits, so that is not what hides a shortage
+        find(state, step, mode="bisect")
+    assert "by the trial of 3 samples" in caught.value.__notes__[-1]
+
+
 # --------------------------------------------------------------------------------------------------------------- the peak
 
 
@@ -296,11 +333,21 @@ def test_the_peak_within_a_profiler_is_an_error():
     ("given", "error", "text"),
     [
         ({"memory": None}, ft.errors.ArgumentError, "needs to know how much memory it may take on cpu"),
-        ({"memory": 0}, ft.errors.DataError, "memory=0 makes no sense"),
+        ({"memory": 0}, ft.errors.LimitError, r"memory=0 makes no sense[\s\S]*got: +0[\s\S]*fix: +memory=4"),
         ({"memory": 1.5}, ft.errors.ArgumentError, "memory=1.5 makes no sense"),
-        ({"start": 0}, ft.errors.DataError, "start=0 makes no sense"),
-        ({"steps": 0}, ft.errors.DataError, "steps=0 makes no sense"),
-        ({"mode": "linear"}, ft.errors.DataError, "there is no mode='linear'"),
+        (
+            {"start": 0},
+            ft.errors.LimitError,
+            r"start=0 makes no sense[\s\S]*integer >= 1[\s\S]*got: +0\n +fix: +start=2",
+        ),
+        ({"start": 2.0}, ft.errors.ArgumentError, r"start=2.0 makes no sense[\s\S]*fix: +start=2"),
+        ({"steps": 0}, ft.errors.LimitError, r"steps=0 makes no sense[\s\S]*fix: +steps=3"),
+        ({"limit": 0}, ft.errors.LimitError, r"limit=0 makes no sense[\s\S]*fix: +limit="),
+        (
+            {"mode": "binsearch"},
+            ft.errors.LimitError,
+            r"no mode='binsearch'[\s\S]*expected: 'power', 'bisect'[\s\S]*fix: +ft.find_batch_size\(..., mode='bisect'\)",
+        ),
         ({"margin": 1.0}, ft.errors.LimitError, "margin=1.0 makes no sense"),
         ({"start": 8, "limit": 4}, ft.errors.LimitError, "there is no size to try"),
         ({"multiple": 8, "limit": 4}, ft.errors.LimitError, "there is no size to try"),

@@ -342,8 +342,53 @@ def test_bad_states_and_batches():
         ft.check(step, nn.Linear(3, 1), torch.ones(2, 3))
     with pytest.raises(BatchError, match=r"batch\['x'\]"):
         ft.check(step, state, {"x": [1.0]})
-    with pytest.raises(RuntimeError, match="reduction dim"):
+    with pytest.raises(RuntimeError, match="reduction dim") as caught:
         ft.check(step, state, torch.ones(2, 4))
+    assert "in the model (Linear)" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("make", [ft.train_step, ft.eval_step], ids=["train", "eval"])
+def test_wrong_shapes_are_told_with_the_module_and_the_batch(make):
+    model = nn.Sequential(nn.Linear(8, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 1)))
+    state, tx = ft.init(model, ft.optim.sgd(0.1)), [ft.optim.sgd(0.1)] if make is ft.train_step else []
+
+    def noted(fn, batch):
+        step = make(model, fn, *tx)
+        with pytest.raises((RuntimeError, ValueError)) as caught:
+            ft.check(step, state, batch)
+        assert not isinstance(caught.value, ft.errors.FtrainError)
+        (note,) = caught.value.__notes__
+        head, *leaves = note.splitlines()
+        return head, leaves
+
+    def fn(model, batch):
+        return {"loss": model(batch["x"]).mean()} if make is ft.eval_step else model(batch["x"]).mean()
+
+    head, leaves = noted(fn, {"x": torch.ones(2, 7), "ids": torch.zeros(2, dtype=torch.int64)})
+    assert head.startswith("ftrain: raised in ft.check, in the module '0' (Linear), at ")
+    assert "test_check.py:" in head
+    assert 'model(batch["x"])' in head
+    assert sorted(leaves) == ["  batch['ids']: int64[2]", "  batch['x']: float32[2, 7]"]
+
+    def part(model, batch):  # the path is that of the model's module, though only a part was called
+        return model[1](batch["x"]).mean()
+
+    assert "in the module '1.1' (Linear)" in noted(part, {"x": torch.ones(2, 8)})[0]
+
+    def outside(model, batch):  # no module's fault
+        return (model(batch["x"]) - batch["y"]).mean()
+
+    head, leaves = noted(outside, {"x": torch.ones(2, 8), "y": torch.ones(3, 3)})
+    assert head.startswith("ftrain: raised in ft.check, at ")
+    assert len(leaves) == 2
+
+
+def test_of_a_large_batch_the_first_leaves_are_listed():
+    step, state = made(nn.Linear(3, 1), lambda model, batch: model(batch[0]).mean())
+    with pytest.raises(RuntimeError) as caught:
+        ft.check(step, state, [torch.ones(2, 4)] * 30)
+    lines = caught.value.__notes__[0].splitlines()
+    assert lines[-2:] == ["  batch[19]: float32[2, 4]", "  ... 10 more"]
 
 
 # ------------------------------------------------------------------------------------------------------------- FLOPs

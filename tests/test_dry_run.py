@@ -289,7 +289,16 @@ def test_a_checkpoint_that_comes_back_otherwise(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "error", "text"),
     [
-        ({"n": 0}, ft.errors.DataError, "n=0 makes no sense"),
+        (
+            {"n": 0},
+            ft.errors.LimitError,
+            r"n=0 makes no sense[\s\S]*got: +0\n +fix: +ft.dry_run\(state, step, data, n=2\)",
+        ),
+        (
+            {"foo": 3},
+            ft.errors.ArgumentError,
+            r"has no argument 'foo'[\s\S]*got: +foo=3\n +fix: +ft.dry_run\(.*hooks=\.\.\.",
+        ),
         ({"epoch": 1}, ft.errors.ArgumentError, r"ft.fit has no argument 'epoch'[\s\S]*epochs="),
         ({"checkpoint": "folder"}, ft.errors.ArgumentError, "is no ft.Checkpoints"),
         ({"sinks": ["file"]}, ft.errors.LimitError, "sinks= makes no sense"),

@@ -351,7 +351,7 @@ def test_bad_input():
         ft.auto_accumulate(step)
     with pytest.raises(ft.errors.ArgumentError, match=r"make_step gave no step[\s\S]*make_step\(1\)"):
         ft.auto_accumulate(lambda k: None)
-    with pytest.raises(ft.errors.DataError, match="start=0 makes no sense"):
+    with pytest.raises(ft.errors.LimitError, match=r"start=0 makes no sense[\s\S]*fix: +ft.auto_accumulate"):
         ft.auto_accumulate(lambda k: step, start=0)
     with pytest.raises(ft.errors.LimitError, match="start <= limit"):
         ft.auto_accumulate(lambda k: step, start=4, limit=2)

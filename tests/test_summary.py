@@ -260,12 +260,82 @@ class Reads(nn.Module):
             r"where:    weight\n(.|\n)*\[1, 3\]",
         ),
         (lambda: ft.summary(state_of(nn.Linear(2, 1)), Tied()), StructureError, r"missing: embed\.weight"),
-        (lambda: ft.summary(None, nn.Linear(2, 1), depth=-1), ArgumentError, "depth=-1"),
+        (
+            lambda: ft.summary(None, nn.Linear(2, 1), depth=-3),
+            ft.errors.LimitError,
+            r"depth=-3 makes(.|\n)*an integer >= 0\n +got: +-3\n +fix: +ft.summary\(state, model, depth=2\)",
+        ),
+        (lambda: ft.summary(None, nn.Linear(2, 1), depth=1.5), ArgumentError, "depth=1.5"),
         (lambda: ft.summary(None, nn.Linear(2, 1), fn=F.relu), ArgumentError, "no batch"),
         (lambda: ft.summary({}, nn.Linear(2, 1)), ft.errors.StateError, "ft.summary wants a TrainState"),
     ],
-    ids=["reads", "no module", "shape", "names", "depth", "fn", "state"],
+    ids=["reads", "no module", "shape", "names", "depth", "depth-kind", "fn", "state"],
 )
 def test_bad_input(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x, y):
+        return self.layer(x) + y
+
+
+class Reshapes(nn.Module):
+    def forward(self, x):
+        return x.flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "fix"),
+    [
+        (nn.Linear(3, 1), {"y": torch.ones(2), "x": torch.ones(2, 3)}, 'model(batch["x"])'),
+        (nn.Linear(3, 1), {"wave": torch.ones(2, 3)}, 'model(batch["wave"])'),
+        (nn.Linear(3, 1), (torch.ones(2, 3), torch.ones(2)), "model(batch[0])"),
+        (Reshapes(), [torch.ones(2, 3, 3)], "model(batch[0])"),
+        (Two(), {"y": torch.ones(2, 1), "x": torch.ones(2, 3)}, "model(**batch)"),
+        (Two(), (torch.ones(2, 3), torch.ones(2, 1)), "model(*batch)"),
+    ],
+    ids=["dict", "any name", "tuple", "attribute", "keywords", "positions"],
+)
+def test_a_batch_that_forward_does_not_take_shows_how_to_call_it(model, batch, fix):
+    with pytest.raises(ArgumentError, match="the model does not take the batch as its one argument") as caught:
+        ft.summary(None, model, batch)
+    text = str(caught.value)
+    assert f"fix:      ft.summary(state, model, batch, fn=lambda model, batch: {fix})" in text
+    assert f"{type(model).__name__}.forward(" in text
+    assert "model(batch), with" in text
+    assert next(f"{path}: float32[" for path, _ in ft.tree.items(batch, "batch")) in text
+    assert isinstance(caught.value.__cause__, (TypeError, AttributeError))
+    call = eval(f"lambda model, batch: {fix}")  # what is shown works
+    assert ft.summary(None, model, batch, fn=call).rows[0].calls == 1
+
+
+def test_a_forward_of_two_arguments_and_one_tensor():
+    with pytest.raises(ArgumentError, match=r"Two.forward\(x, y\)(.|\n)*missing 1 required(.|\n)*fn=lambda"):
+        ft.summary(None, Two(), torch.ones(2, 3))
+
+
+class TakesDict(nn.Module):
+    def forward(self, batch):
+        return batch["x"] @ 3.0
+
+
+def test_an_error_inside_of_a_forward_that_takes_the_batch_stays_as_it_is():
+    with pytest.raises(TypeError) as caught:
+        ft.summary(None, TakesDict(), {"x": torch.ones(2, 3)})
+    assert not isinstance(caught.value, ArgumentError)
+    assert "in the model (TakesDict), at " in caught.value.__notes__[0]
+    assert "batch['x']: float32[2, 3]" in caught.value.__notes__[0]
+
+
+def test_wrong_shapes_are_told_with_the_module_and_the_batch():
+    model = nn.Sequential(nn.Linear(8, 4), nn.Sequential(nn.ReLU(), nn.Linear(5, 1)))
+    with pytest.raises(RuntimeError) as caught:
+        ft.summary(None, model, torch.ones(2, 8))
+    (note,) = caught.value.__notes__
+    assert note == "ftrain: raised in ft.summary, in the module '1.1' (Linear)\n  batch: float32[2, 8]"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import traceback
 from types import FrameType
-from typing import Any
 
 from torch import nn
 

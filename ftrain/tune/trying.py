@@ -131,14 +131,14 @@ def dry_run(
     check_state(state, "ft.dry_run")
     integer(n, "ft.dry_run", "n", least=1, kind=LimitError, fix="ft.dry_run(state, step, data, n=2)")
     known = [name for name, one in inspect.signature(fit).parameters.items() if one.kind is one.KEYWORD_ONLY]
-    for name in arguments:
+    for name, value in arguments.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise ArgumentError(
                 explain(
                     f"ft.dry_run: ft.fit has no argument {name!r}.",
                     expected=f"one of: {', '.join(known)}",
-                    got=f"{name}={_short(arguments[name])}",
+                    got=f"{name}={_short(value)}",
                     fix=f"ft.dry_run(state, step, data, {near}=...)   # the nearest name",
                 )
             )
