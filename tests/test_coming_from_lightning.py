@@ -14,7 +14,7 @@ from .test_docs import ROOT, python_blocks
 
 PAGE = ROOT / "docs" / "coming-from-lightning.md"
 
-# The lines of the project's checklist of what Lightning does: sections 2a to 2e, 3, 6 and 11 (whose rows have no numbers there).
+# The lines of the project's checklist of what Lightning does: sections 2a to 2e, 3, 6, 9c and 11 (whose rows have no numbers there).
 NUMBERS = {
     "TR": [*range(1, 44), *range(50, 69)],
     "ST": range(1, 16),
@@ -24,6 +24,7 @@ NUMBERS = {
     "CB": range(1, 19),
     "LP": range(1, 27),
     "EX": range(1, 12),
+    "UT": range(30, 49),
 }
 IDS = [f"{letters}-{number:02}" for letters, numbers in NUMBERS.items() for number in numbers]
 
