@@ -193,7 +193,7 @@ def outcome(folder, name):
     """What a run came to, with what is in its journal but for the clocks; both are the same in every process."""
     found = json.loads((folder / f"{name}.json").read_text())
     rows = [json.loads(line) for line in (folder / name / "history.jsonl").read_text().splitlines()]
-    found["journal"] = [{key: row[key] for key in row if key not in ("seconds", "waited")} for row in rows]
+    found["journal"] = [{key: row[key] for key in row if key not in ("seconds", "waited", "spent")} for row in rows]
     return found
 
 

@@ -274,14 +274,14 @@ def test_the_latest_passes_over_what_was_overtaken(tmp_path, small):
 def test_it_ends_after_a_while_without_news(tmp_path, small):
     state, evals, save = small
     save(tmp_path, 1)
-    records = ft.evaluate_checkpoints(tmp_path, state, evals, timeout=0.3, **FOLLOW)
+    records = ft.evaluate_checkpoints(tmp_path, state, evals, timeout=2, **FOLLOW)
     assert next(records).step == 1
-    time.sleep(0.5)  # the consumer's own time does not count
+    time.sleep(2.5)  # the consumer's own time does not count
     threading.Timer(0.15, save, (tmp_path, 2)).start()
     assert next(records).step == 2
     began = time.monotonic()
     assert drain(records) == ([], "timeout")
-    assert 0.3 <= time.monotonic() - began < 3
+    assert 2 <= time.monotonic() - began < 20
 
 
 def test_the_last_look_is_after_the_last_wait(tmp_path, small, monkeypatch):

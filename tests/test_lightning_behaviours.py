@@ -865,7 +865,8 @@ def test_sinks_are_closed_once_wherever_it_fails(place: str, interrupt: bool) ->
 
 def alive() -> int:
     """How many tensors there are in this process."""
-    gc.collect()
+    for _ in range(3):  # what a compiled step held is garbage only when the step is gone
+        gc.collect()
     return sum(issubclass(type(one), Tensor) for one in gc.get_objects())
 
 
@@ -898,9 +899,11 @@ def test_many_runs_take_no_more_memory_than_one(compile: bool) -> None:
             ft.lr_find(state, step, DATA, steps=5, **QUIET)
         if i in (1, 16, 31):
             counts.append(alive())
-    assert counts[0] == counts[1] == counts[2]
-    one = torch.ones(1)
-    assert alive() == counts[2] + len([one]), "the test would not see a tensor that stays"
+    # What stays of each run would be 30 tensors at least; what others in this process come to cache now and then does not count.
+    assert counts[2] - counts[0] < 15, counts
+    before = alive()
+    many = [torch.ones(1) for _ in range(30)]
+    assert alive() - before >= len(many), "the test would not see tensors that stay"
 
 
 def grown(runs: int, first: int, **given: Any) -> tuple[int, list[bool]]:
@@ -921,12 +924,11 @@ def grown(runs: int, first: int, **given: Any) -> tuple[int, list[bool]]:
 
 
 def test_many_models_take_no_more_memory_than_one() -> None:
-    assert grown(30, first=2) == (0, [True] * 32)
+    more, gone = grown(30, first=2)
+    assert more < 15
+    assert gone == [True] * 32
 
 
-@pytest.mark.xfail(
-    strict=True, reason="dynamo's guards keep the graph of each compiled step, and the step itself, for ever"
-)
 def test_many_compiled_models_take_no_more_memory_than_one() -> None:
     assert grown(1, first=1, compile=True, backend="eager") == (0, [True] * 2)
 
