@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ftrain as ft
-from ftrain.errors import ArgumentError, LimitError, LossError, MetricError, StateError
+from ftrain.errors import ArgumentError, LimitError, MetricError, StateError
 from ftrain.steps.spikes import Watch, enter, first_watch, judge, make_rule
 
 from .corpus import MODELS, OPTIMIZERS
