@@ -929,6 +929,7 @@ def test_many_models_take_no_more_memory_than_one() -> None:
     assert gone == [True] * 32
 
 
+@pytest.mark.xfail(strict=True, reason="dynamo's guards keep the graph of each compiled step for ever")
 def test_many_compiled_models_take_no_more_memory_than_one() -> None:
     assert grown(1, first=1, compile=True, backend="eager") == (0, [True] * 2)
 
